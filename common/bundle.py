@@ -1,0 +1,87 @@
+"""Where a running bundle lies, and its weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .files import replacing
+from .networks.convert import convert
+
+
+def bundle_root() -> str:
+    """Folder of the bundle whose config asks, as an absolute path, from any working directory.
+
+    MONAI puts that folder at `sys.path[1]` before it runs a config; elsewhere (a bundle on PYTHONPATH, say) it is the
+    folder above this package. `sys.path[0]` belongs to the user's working directory and doesn't count.
+    """
+    for entry in sys.path[1:]:
+        if (Path(entry) / "configs" / "metadata.json").is_file():
+            return str(Path(entry).absolute())
+    return str(Path(__file__).absolute().parents[1])
+
+
+def save_weights(path: str | os.PathLike, network: nn.Module, facts: dict[str, str | int]) -> None:
+    """Write a network's weights with facts about their origin, as `load_weights` and MONAI Label read them."""
+    save_checkpoint(path, {"model": network.state_dict(), "facts": facts})
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike | None) -> nn.Module:
+    """Load weights into a network and return it.
+
+    Files that training wrote fit, plain state dicts, and the public layouts that `convert` knows. Without a path the
+    network stays as it is: training that begins with random weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a weights file, or weights that don't fit, with whose they are if the file knows it.
+    """
+    if path is None:
+        return network
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}: train them (python -m monai.bundle run training --config_file configs/train.yaml "
+            "--dataset_dir ...) or name a file with --checkpoint"
+        )
+    content = load_checkpoint(path)
+    weights, facts = content.get("model", content), content.get("facts", {})
+    try:
+        known = weights.keys() == network.state_dict().keys()
+        network.load_state_dict(weights if known else convert(weights, network))
+    except (RuntimeError, ValueError) as error:
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        origin = f"weights of {facts['bundle']}" if "bundle" in facts else "weights of unknown origin"
+        raise ValueError(
+            f"{path} holds {origin} that don't fit this network ({reason}): name this bundle's own with --checkpoint, "
+            "and add the overlay that they were trained with (configs/small.yaml)"
+        ) from error
+    return network
+
+
+def save_checkpoint(path: str | os.PathLike, content: dict) -> None:
+    """`torch.save` that leaves a whole file or none."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """Read a file of tensors and plain values onto the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of tensors and plain values: replace it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict: replace it")
+    return content

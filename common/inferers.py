@@ -1,0 +1,157 @@
+"""From a label volume to a CT volume, slice by slice."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .diffusion import GaussianDiffusion
+from .labels import BACKGROUND
+from .samplers import SAMPLERS
+
+
+class VolumeNoise:
+    """Standard normal noise for the slices of a volume, each slice from a generator of its own.
+
+    The generators run on the CPU and are seeded from (seed, case, slice), so that a slice gets the same noise whatever
+    the batch size, the device and the other slices are.
+
+    Args:
+        seed: the user's seed.
+        case: what names the volume.
+        shape: rows and columns of a slice.
+        depth: number of slices.
+        correlation: ρ in [0, 1] between the starting noise of neighbouring slices. Along the volume it is a first-order
+            autoregressive process, z_k = ρ z_{k-1} + √(1-ρ²) ε_k: slices n apart correlate by ρⁿ, and every slice
+            stays standard normal. 1 gives all slices the same starting noise.
+    """
+
+    def __init__(self, seed: int, case: str, shape: Sequence[int], depth: int, correlation: float = 0.0) -> None:
+        if not 0 <= correlation <= 1:
+            raise ValueError(f"noise_correlation is {correlation}: choose a value from 0 (independent) to 1 (shared)")
+        self.shape = (1, *shape)
+        self.generators = [torch.Generator().manual_seed(_derived_seed(seed, case, k)) for k in range(depth)]
+        self.start = torch.stack([self._draw(k) for k in range(depth)])
+        for k in range(1, depth if correlation else 0):
+            self.start[k] = correlation * self.start[k - 1] + math.sqrt(1 - correlation**2) * self.start[k]
+
+    def of(self, slices: Sequence[int], device: torch.device) -> SliceNoise:
+        """Noise for a batch of these slices."""
+        return SliceNoise(
+            self.start[slices].to(device), lambda: torch.stack([self._draw(k) for k in slices]).to(device)
+        )
+
+    def _draw(self, k: int) -> Tensor:
+        return torch.randn(self.shape, generator=self.generators[k])
+
+
+class SliceNoise:
+    """Noise of a batch of slices: `start` to begin with, and fresh noise at every call, both (B, 1, H, W)."""
+
+    def __init__(self, start: Tensor, draw: Callable[[], Tensor]) -> None:
+        self.start = start
+        self._draw = draw
+
+    def __call__(self) -> Tensor:
+        return self._draw()
+
+
+class DiffusionSampler:
+    """A denoiser as a generator of slices: the label map is encoded once and reused in every step.
+
+    Args:
+        diffusion: the process that the denoiser was trained with.
+        sampler: "ddpm", "ddim" or "dpmpp_2m" (see `samplers`).
+        steps: calls of the network.
+        options: further options of the sampler, `{"eta": 1.0}` of ddim or `{"spacing": "time"}` of dpmpp_2m.
+    """
+
+    def __init__(
+        self, diffusion: GaussianDiffusion, sampler: str = "dpmpp_2m", steps: int = 20, options: dict | None = None
+    ) -> None:
+        if sampler not in SAMPLERS:
+            raise ValueError(f"no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        self.diffusion = diffusion
+        self.sampler = SAMPLERS[sampler]
+        self.steps = steps
+        self.options = options or {}
+
+    def __call__(self, network: nn.Module, image: Tensor, noise: SliceNoise, callback: Callable[[], None]) -> Tensor:
+        """Label maps (B, 1, H, W) to CT slices (B, 1, H, W) in [0, 1]; `callback` is called after each step."""
+        condition = network.encode(image)
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            return network(x, t, condition=condition)
+
+        x = self.sampler(model, noise.start, self.diffusion, self.steps, noise, callback=callback, **self.options)
+        return (x.float() + 1) / 2
+
+
+class VolumeInferer(Inferer):
+    """Turn a label volume on the network grid into a CT volume, in batches of axial slices.
+
+    Slices without a body are air and cost nothing. The noise is seeded from the label volume itself: the same mask and
+    seed give the same CT, whatever the file is called, up to the rounding of another batch size or device.
+
+    Args:
+        generate: what makes the slices: `generate(network, image, noise, callback)`, with `steps` calls of the network.
+        batch_size: slices at a time.
+        seed: of the noise.
+        noise_correlation: between the starting noise of neighbouring slices, see `VolumeNoise`.
+        amp: run the network in bfloat16.
+        progress: show a bar with the time left.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[nn.Module, Tensor, SliceNoise, Callable[[], None]], Tensor],
+        batch_size: int = 16,
+        seed: int = 0,
+        noise_correlation: float = 0.0,
+        amp: bool = False,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.generate = generate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.noise_correlation = noise_correlation
+        self.amp = amp
+        self.progress = progress
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Label volume (1, 1, H, W, D) of ids to CT (1, 1, H, W, D) float32 in [0, 1]; 0 is air.
+
+        Raises:
+            ValueError: more than one volume or channel at once.
+        """
+        if inputs.ndim != 5 or inputs.shape[:2] != (1, 1):
+            raise ValueError(f"give one label volume (1, 1, H, W, D) at a time, not {tuple(inputs.shape)}")
+        labels = torch.as_tensor(inputs)[0].movedim(-1, 0).to(torch.uint8)  # (D, 1, H, W)
+        occupied = (labels != BACKGROUND).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        case = hashlib.sha256(labels.cpu().contiguous().numpy().tobytes()).hexdigest()
+        noise = VolumeNoise(self.seed, case, labels.shape[2:], len(labels), self.noise_correlation)
+
+        batches = [occupied[i : i + self.batch_size] for i in range(0, len(occupied), self.batch_size)]
+        pred = torch.zeros_like(inputs, dtype=torch.float32)
+        with (
+            tqdm(total=len(batches) * self.generate.steps, desc="sampling", unit="step", disable=not self.progress) as bar,
+            torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.amp),
+        ):
+            for batch in batches:
+                slices = self.generate(network, labels[batch], noise.of(batch, labels.device), bar.update)
+                pred[0, 0, :, :, batch] = slices[:, 0].movedim(0, -1).clamp(0, 1)
+        return pred
+
+
+def _derived_seed(*parts: object) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

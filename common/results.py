@@ -1,0 +1,111 @@
+"""What an inference run leaves: CT volumes, previews and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+
+from .files import replacing, sha256
+from .report import hu_statistics, label_histogram, save_preview
+from .transforms import file_name
+
+NIFTI = (".nii", ".nii.gz")
+
+
+def save_ct(path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray, source: str | os.PathLike) -> None:
+    """Write a CT as int16 NIfTI on the grid of its label map.
+
+    Args:
+        path: file to write.
+        hu: (X, Y, Z) in HU.
+        affine: 4x4, voxel to mm (RAS+).
+        source: the label map's file; of a NIfTI the whole geometry is kept: affines, their codes, units.
+    """
+    if str(source).endswith(NIFTI):
+        header = nib.load(source).header.copy()
+        affine = header.get_best_affine()
+        header["cal_min"] = header["cal_max"] = 0  # the display range of the labels
+        header.set_intent("none")
+        header["descrip"] = b"synthetic CT"
+    else:
+        header = None
+    image = nib.Nifti1Image(hu.astype(np.int16), affine, header)
+    image.set_data_dtype(np.int16)
+    image.header.set_slope_inter(1, 0)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+class ResultWriter:
+    """Write each case as it is done, `CASE_ct.nii.gz` and `CASE_preview.png`, and `report.json` about the run.
+
+    Reads from the engine's decollated batch `label_map`, the label map on its own grid, and from its output `pred`, the
+    CT in HU on that grid.
+
+    Args:
+        output_dir: folder to write into.
+        checkpoint: the weights' file, for its hash.
+        settings: what else to report about the run: sampler, steps, seed, ...
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, checkpoint: str | os.PathLike, settings: dict) -> None:
+        self.output_dir = Path(output_dir)
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.cases: list[dict] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._start_case)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish_case)
+
+    def _start(self, engine: Engine) -> None:
+        self.cases = []
+        self.origin = {
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "monai": monai.__version__,
+                "numpy": np.__version__,
+                "nibabel": version("nibabel"),
+            },
+            "device": str(engine.state.device),
+            "weights": {"file": str(self.checkpoint), "sha256": sha256(self.checkpoint)},
+            "settings": self.settings,
+        }
+
+    def _start_case(self, engine: Engine) -> None:
+        self._started = time.perf_counter()
+
+    def _finish_case(self, engine: Engine) -> None:
+        seconds = round((time.perf_counter() - self._started) / len(engine.state.output), 2)
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            label_map, hu = (np.asarray(v[0].cpu()) for v in (item["label_map"], output["pred"]))
+            case, affine = item["case"], np.asarray(item["label_map"].affine.cpu())
+            ct, preview = self.output_dir / f"{case}_ct.nii.gz", self.output_dir / f"{case}_preview.png"
+            save_ct(ct, hu, affine, file_name(item["label_map"]))
+            save_preview(preview, label_map, hu, affine)
+            self.cases.append(
+                {
+                    "case": case,
+                    "ct": ct.name,
+                    "preview": preview.name,
+                    "shape": list(hu.shape),
+                    "seconds": seconds,
+                    "label_histogram": label_histogram(label_map),
+                    "hu": hu_statistics(label_map, hu),
+                }
+            )
+            with replacing(self.output_dir / "report.json") as temporary:
+                temporary.write_text(json.dumps({**self.origin, "cases": self.cases}, indent=2), encoding="utf-8")
