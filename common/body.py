@@ -22,7 +22,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy import ndimage
-from skimage.morphology import isotropic_closing, isotropic_opening
+from skimage.morphology import isotropic_dilation, isotropic_opening
 from tqdm import tqdm
 
 from .files import replacing
@@ -39,17 +39,16 @@ CLIPPED_MARGIN_HU = 10.0
 TABLE_MM = 5.0
 """Radius of the opening: what is thinner than twice this, as the shells of a table, goes."""
 
-WALL_MM = 15.0
-"""Radius of the closing that finds again what the opening took from thin walls beside lung and bowel gas."""
+SURROUNDED = 2 / 3
+"""The share of its rim by which gas is the patient's; the gap between a back and its table has about half."""
 
 
 def body_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Where the patient is: bool, same shape as `hu`.
 
     Threshold at -500 HU, or, in a volume that was clipped above that (a windowed CT whose air is -160), 10 HU above its
-    lowest value; table removal by opening; the largest component of the volume; holes filled slice by slice. The
-    opening breaks walls thinner than a table, so tissue within reach of a closing of what remained is taken back before
-    holes are filled.
+    lowest value; table removal by opening; the largest component of the volume; holes filled slice by slice. Thin walls
+    around lung and bowel gas, which the opening breaks as if they were a table, come back with the gas they enclose.
 
     Args:
         hu: CT in HU, rows, columns, slices.
@@ -62,9 +61,21 @@ def body_mask(hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         core[..., k] = isotropic_opening(tissue[..., k], TABLE_MM, spacing=in_plane)
     body = _largest_component(core)
     for k in range(hu.shape[2]):
-        near = isotropic_closing(body[..., k], WALL_MM, spacing=in_plane)
-        body[..., k] = ndimage.binary_fill_holes(body[..., k] | (near & tissue[..., k]))
+        gas = _enclosed_gas(tissue[..., k], body[..., k])
+        walls = isotropic_dilation(gas, 2 * TABLE_MM, spacing=in_plane) & tissue[..., k]
+        body[..., k] = ndimage.binary_fill_holes(body[..., k] | gas | walls)
     return body
+
+
+def _enclosed_gas(tissue: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """The holes in a slice's tissue whose rim is mostly core: gas in the patient, not the gap above a table."""
+    holes, _ = ndimage.label(ndimage.binary_fill_holes(tissue) & ~tissue)
+    rim = ndimage.grey_dilation(holes, footprint=ndimage.generate_binary_structure(2, 1)) * tissue
+    counts = np.bincount(rim.ravel(), minlength=holes.max() + 1)
+    in_core = np.bincount(rim[core], minlength=holes.max() + 1)
+    accepted = in_core > SURROUNDED * counts
+    accepted[0] = False
+    return accepted[holes]
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:

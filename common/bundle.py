@@ -39,7 +39,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None) -> nn.Modul
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a weights file, or weights that don't fit, with whose they are if the file knows it.
+        ValueError: not a weights file, or weights that don't fit; the message says whose they are if the file does.
     """
     if path is None:
         return network
@@ -49,17 +49,19 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None) -> nn.Modul
             "--dataset_dir ...) or name a file with --checkpoint"
         )
     content = load_checkpoint(path)
-    weights, facts = content.get("model", content), content.get("facts", {})
-    try:
-        known = weights.keys() == network.state_dict().keys()
-        network.load_state_dict(weights if known else convert(weights, network))
-    except (RuntimeError, ValueError) as error:
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        origin = f"weights of {facts['bundle']}" if "bundle" in facts else "weights of unknown origin"
+    weights, facts, expected = content.get("model", content), content.get("facts"), network.state_dict()
+    if facts is None and weights.keys() != expected.keys():
+        weights = convert(weights, network)
+    misfits = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
+    misfits += [name for name in weights if name not in expected]
+    if misfits:
+        origin = "other weights" if facts is None else f"weights of {facts['bundle']}"
         raise ValueError(
-            f"{path} holds {origin} that don't fit this network ({reason}): name this bundle's own with --checkpoint, "
-            "and add the overlay that they were trained with (configs/small.yaml)"
-        ) from error
+            f"{path} holds {origin} that don't fit: {len(misfits)} tensors differ from this network's, such as "
+            f"{misfits[0]}; name this bundle's own with --checkpoint, and add the overlay they were trained with, if any "
+            "(configs/small.yaml)"
+        )
+    network.load_state_dict(weights)
     return network
 
 

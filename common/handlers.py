@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .bundle import load_checkpoint, save_checkpoint, save_weights
 from .data import ShuffledStream
+from .inferers import VolumeInferer
 from .report import colorize
 
 PAPER_MARKS = (10_000, 50_000, 100_000, 150_000)
@@ -258,8 +259,7 @@ class SampleGrid:
     Args:
         dataset: items with `image` and `ct`.
         network: makes the samples (the EMA).
-        inferer: turns a volume of label maps into CT; called with a seed, it gives the inferer of that seed.
-        device: where the network is.
+        inferer: makes the `VolumeInferer` of a seed: `inferer(seed=0, progress=False)`.
         count: number of slices, spread over the data set.
         seeds: one column of samples each.
     """
@@ -268,19 +268,18 @@ class SampleGrid:
         self,
         dataset: Dataset,
         network: nn.Module,
-        inferer: Callable[..., object],
-        device: torch.device,
+        inferer: Callable[..., VolumeInferer],
         count: int = 6,
         seeds: Sequence[int] = (0, 1),
     ) -> None:
         self.items = [dataset[i] for i in np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]]
         self.network = network
-        self.inferers = [inferer(seed=seed) for seed in seeds]
-        self.device = device
+        self.inferers = [inferer(seed=seed, progress=False) for seed in seeds]
 
     def __call__(self) -> torch.Tensor:
         """Sample and put the picture together: (3, count · H, (2 + seeds) · W) in [0, 1]."""
-        labels = torch.stack([item["image"] for item in self.items], dim=-1)[None].to(self.device)  # (1, 1, H, W, N)
+        device = next(self.network.parameters()).device
+        labels = torch.stack([item["image"] for item in self.items], dim=-1)[None].to(device)  # (1, 1, H, W, N)
         columns = [torch.cat([item["ct"][0] for item in self.items])]
         for inferer in reversed(self.inferers):
             columns.insert(0, torch.cat(list(inferer(labels, self.network)[0, 0].movedim(-1, 0).cpu())))

@@ -83,6 +83,11 @@ class DiffusionSampler:
         self.steps = steps
         self.options = options or {}
 
+    @property
+    def settings(self) -> dict:
+        """What a report says about how a slice was made."""
+        return {"sampler": self.sampler.__name__, "sampling_steps": self.steps, "sampler_options": self.options}
+
     def __call__(self, network: nn.Module, image: Tensor, noise: SliceNoise, callback: Callable[[], None]) -> Tensor:
         """Label maps (B, 1, H, W) to CT slices (B, 1, H, W) in [0, 1]; `callback` is called after each step."""
         condition = network.encode(image)
@@ -101,7 +106,8 @@ class VolumeInferer(Inferer):
     seed give the same CT, whatever the file is called, up to the rounding of another batch size or device.
 
     Args:
-        generate: what makes the slices: `generate(network, image, noise, callback)`, with `steps` calls of the network.
+        generate: what makes the slices: `generate(network, image, noise, callback)`; has `steps`, the calls of the
+            network, and `settings`, a dict for the report.
         batch_size: slices at a time.
         seed: of the noise.
         noise_correlation: between the starting noise of neighbouring slices, see `VolumeNoise`.
@@ -125,6 +131,16 @@ class VolumeInferer(Inferer):
         self.noise_correlation = noise_correlation
         self.amp = amp
         self.progress = progress
+
+    @property
+    def settings(self) -> dict:
+        """What a report says about how a volume was made."""
+        return {
+            **self.generate.settings,
+            "seed": self.seed,
+            "noise_correlation": self.noise_correlation,
+            "precision": "bfloat16" if self.amp else "float32",
+        }
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from .files import replacing, sha256
+from .inferers import VolumeInferer
 from .report import hu_statistics, label_histogram, save_preview
 from .transforms import file_name
 
@@ -55,13 +56,13 @@ class ResultWriter:
     Args:
         output_dir: folder to write into.
         checkpoint: the weights' file, for its hash.
-        settings: what else to report about the run: sampler, steps, seed, ...
+        inferer: what made the volumes; its settings go into the report.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, checkpoint: str | os.PathLike, settings: dict) -> None:
+    def __init__(self, output_dir: str | os.PathLike, checkpoint: str | os.PathLike, inferer: VolumeInferer) -> None:
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint
-        self.settings = settings
+        self.inferer = inferer
         self.cases: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
@@ -82,7 +83,7 @@ class ResultWriter:
             },
             "device": str(engine.state.device),
             "weights": {"file": str(self.checkpoint), "sha256": sha256(self.checkpoint)},
-            "settings": self.settings,
+            "settings": self.inferer.settings,
         }
 
     def _start_case(self, engine: Engine) -> None:

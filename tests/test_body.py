@@ -24,9 +24,9 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
 
 
-def disc(shape: tuple[int, int], centre: tuple[float, float], radius: float, spacing=SPACING) -> np.ndarray:
+def disc(shape: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
     """Pixels within `radius` mm of `centre` (mm)."""
-    y, x = (np.arange(n) * step for n, step in zip(shape, spacing, strict=False))
+    y, x = np.arange(shape[0]) * SPACING[0], np.arange(shape[1]) * SPACING[1]
     return np.add.outer((y - centre[0]) ** 2, (x - centre[1]) ** 2) <= radius**2
 
 
@@ -76,10 +76,19 @@ def test_a_clipped_ct_gives_the_body_of_the_whole_one(floor):
     assert dice(body_mask(clipped, SPACING), body) > 0.99
 
 
-def test_a_chest_wall_thinner_than_the_opening_keeps_its_lung_inside():
-    hu, body = patient()
-    hu[disc(hu.shape[:2], (100, 67), 40) & disc(hu.shape[:2], (100, 128), 74)] = LUNG  # 6 mm of wall to the skin
+@pytest.mark.parametrize(("centre", "radius", "content"), [((40, 128), 14, AIR), ((100, 84), 30, LUNG)])
+def test_walls_that_the_opening_breaks_keep_bowel_gas_and_lung_inside(centre, radius, content):
+    hu, body = patient(table_gap=0)
+    hu[disc(hu.shape[:2], centre, radius)] = content  # 6 mm below the skin
     assert dice(body_mask(hu, SPACING), body) > 0.99
+
+
+def test_the_gap_between_a_back_and_its_table_is_not_the_body():
+    hu, body = patient(table_gap=0)
+    for column in (40, 86):  # what the patient lies on holds the table's edges: it encloses air at both sides
+        hu[80:94, column : column + 2] = np.maximum(hu[80:94, column : column + 2], PLATE)
+    assert ndimage.binary_fill_holes(hu[..., 0] > -500).sum() > body[..., 0].sum() * 1.05
+    assert dice(body_mask(hu, SPACING), body) > 0.985
 
 
 def test_a_body_cut_by_the_field_of_view_reaches_its_border():
@@ -100,7 +109,7 @@ def test_the_phantoms_body_is_found_in_its_ct(seed):
 
 
 def test_organs_win_over_the_body_and_stay_outside_it():
-    hu, body = patient()
+    hu, _ = patient()
     label = np.zeros(hu.shape, np.uint8)
     label[40:50, 60:70] = 6
     label[2:4, 2:4] = 1  # in the air: what was labelled stays labelled
@@ -113,7 +122,7 @@ def test_organs_win_over_the_body_and_stay_outside_it():
 
 def organ_cylinder(radius: float, slices=slice(3, 9), shape=(120, 140, 12)) -> np.ndarray:
     label = np.zeros(shape, np.uint8)
-    label[disc(shape, (120, 140), radius), slices] = 6
+    label[disc(shape[:2], (120, 140), radius), slices] = 6
     return label
 
 
@@ -246,11 +255,11 @@ def test_the_command_names_what_is_missing_before_it_writes_anything(tmp_path):
     with pytest.raises(SystemExit, match=r"labels/b.nii.gz has no CT of the same name"):
         run(tmp_path)
     assert not (tmp_path / "output").exists()
-    with pytest.raises(SystemExit, match="no such folder: .*/nowhere/images"):
+    with pytest.raises(SystemExit, match=r"no such folder: .*/nowhere/images"):
         run(tmp_path / "nowhere")
     for path in (tmp_path / "labels").iterdir():
         path.unlink()
-    with pytest.raises(SystemExit, match="no .nii or .nii.gz in"):
+    with pytest.raises(SystemExit, match=r"no .nii or .nii.gz in"):
         run(tmp_path)
 
 
@@ -258,9 +267,9 @@ def test_the_command_names_a_file_that_is_cut_short(tmp_path):
     write_pair(tmp_path, "a.nii.gz")
     ct = tmp_path / "images" / "a.nii.gz"
     ct.write_bytes(ct.read_bytes()[:-5000])
-    with pytest.raises(SystemExit, match="error: cannot read .*images/a.nii.gz: .*copy it again"):
+    with pytest.raises(SystemExit, match=r"error: cannot read .*images/a.nii.gz: .*copy it again"):
         run(tmp_path)
     ct.write_bytes(b"no volume")
-    with pytest.raises(SystemExit, match="error: cannot read .*images/a.nii.gz: .*copy it again"):
+    with pytest.raises(SystemExit, match=r"error: cannot read .*images/a.nii.gz: .*copy it again"):
         run(tmp_path)
     assert not (tmp_path / "output").exists()

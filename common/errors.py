@@ -1,0 +1,36 @@
+"""Errors as one line at the end of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+PACKAGE = Path(__file__).absolute().parent
+
+
+def report_in_one_line() -> None:
+    """From now on an error that this package raises ends the program with its message alone.
+
+    MONAI wraps what a component or a transform raises into errors of its own, so that the message that names the remedy
+    would stand in the middle of a long traceback. Errors of other origin, which may be bugs, keep their traceback.
+    """
+    sys.excepthook = _print_error
+
+
+def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    cause: BaseException | None = error
+    while cause is not None and not _is_ours(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(f"error: {cause}", file=sys.stderr)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised on purpose: by a line of this package."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).absolute().parents
