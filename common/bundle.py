@@ -1,9 +1,12 @@
-"""Where a running bundle lies, and its weights."""
+"""Where a running bundle lies, and its weights.
+
+`python -m common.bundle model.pt model_half.pt` halves a file of weights, for shipping: float16 instead of float32.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -26,13 +29,13 @@ def bundle_root() -> str:
     return str(Path(__file__).absolute().parents[1])
 
 
-def save_weights(path: str | os.PathLike, network: nn.Module, facts: dict[str, str | int]) -> None:
-    """Write a network's weights with facts about their origin, as `load_weights` and MONAI Label read them."""
-    save_checkpoint(path, {"model": network.state_dict(), "facts": facts})
+def save_weights(path: str | os.PathLike, weights: dict[str, torch.Tensor], facts: dict[str, str | int]) -> None:
+    """Write a network's state dict with facts about its origin, as `load_weights` and MONAI Label read it."""
+    save_checkpoint(path, {"model": weights, "facts": facts})
 
 
-def load_weights(network: nn.Module, path: str | os.PathLike | None) -> nn.Module:
-    """Load weights into a network and return it.
+def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
+    """Load weights into a network and bring it to the device, with channels last in memory: convolutions like that.
 
     Files that training wrote fit, plain state dicts, and the public layouts that `convert` knows. Without a path the
     network stays as it is: training that begins with random weights.
@@ -41,6 +44,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None) -> nn.Modul
         FileNotFoundError: no such file.
         ValueError: not a weights file, or weights that don't fit; the message says whose they are if the file does.
     """
+    network.to(device, memory_format=torch.channels_last)
     if path is None:
         return network
     if not Path(path).is_file():
@@ -50,16 +54,18 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None) -> nn.Modul
         )
     content = load_checkpoint(path)
     weights, facts, expected = content.get("model", content), content.get("facts"), network.state_dict()
-    if facts is None and weights.keys() != expected.keys():
-        weights = convert(weights, network)
     misfits = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
     misfits += [name for name in weights if name not in expected]
-    if misfits:
-        origin = "other weights" if facts is None else f"weights of {facts['bundle']}"
+    if misfits and facts is None:
+        try:
+            weights = convert(weights, network)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    elif misfits:
         raise ValueError(
-            f"{path} holds {origin} that don't fit: {len(misfits)} tensors differ from this network's, such as "
-            f"{misfits[0]}; name this bundle's own with --checkpoint, and add the overlay they were trained with, if any "
-            "(configs/small.yaml)"
+            f"{path} holds weights of {facts['bundle']} that don't fit: {len(misfits)} tensors differ from this "
+            f"network's, such as {misfits[0]}; name this bundle's own with --checkpoint, and add the overlay they were "
+            "trained with, if any (configs/small.yaml)"
         )
     network.load_state_dict(weights)
     return network
@@ -82,8 +88,24 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # whatever PyTorch's readers stumble on: truncated files give OSError, text KeyError
         raise ValueError(f"{path} is damaged or no checkpoint of tensors and plain values: replace it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict: replace it")
     return content
+
+
+def main() -> None:
+    """Write weights again in half precision; networks take them as they are."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("source", type=Path, help="model.pt of a training")
+    parser.add_argument("target", type=Path, help="file to write")
+    options = parser.parse_args()
+    content = load_checkpoint(options.source)
+    save_weights(options.target, {name: value.half() for name, value in content["model"].items()}, content["facts"])
+
+
+if __name__ == "__main__":
+    main()

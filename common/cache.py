@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from monai.data import MetaTensor
-from monai.transforms import LoadImage
 from tqdm import tqdm
 
 from .body import with_body
 from .files import replacing
 from .geometry import AxialGrid
 from .labels import BODY
-from .transforms import HU_WINDOW, check_label_map, check_same_geometry, window
+from .transforms import HU_WINDOW, check_label_map, check_same_geometry, load_volume, window
 
 FORMAT = 1
 """Version of what a cache file holds; raise it whenever the same source would give other bytes."""
@@ -92,7 +90,7 @@ def _claim(cache_dir: Path, parameters: dict) -> None:
 
 def _slices(case: Mapping[str, str], size: int) -> np.ndarray:
     """Preprocess one case: (D, 2, size, size) uint8, see `build_cache`."""
-    label, ct = _load(case["image"]), _load(case["ct"])
+    label, ct = load_volume(case["image"]), load_volume(case["ct"])
     ids = torch.from_numpy(check_label_map(label, case["image"]))
     check_same_geometry(label, ct)
     hu, affine = ct.as_tensor(), ct.affine.numpy()
@@ -100,15 +98,5 @@ def _slices(case: Mapping[str, str], size: int) -> np.ndarray:
         ids = with_body(ids, affine, hu)
 
     grid = AxialGrid.of(hu.shape, affine, size)
-    # Clipped before it is resized: the window is linear inside its limits, so this is resizing the windowed CT.
-    grey = window(grid.to_slices(hu.clip(*HU_WINDOW), label=False)).mul(255).round().to(torch.uint8)
+    grey = window(grid.to_slices(hu, label=False)).mul(255).round().to(torch.uint8)
     return torch.stack((grey, grid.to_slices(ids, label=True))).permute(3, 0, 1, 2).contiguous().numpy()
-
-
-def _load(path: str) -> MetaTensor:
-    """Read a volume (X, Y, Z) as float32; whatever a reader raises becomes one line that names the file."""
-    try:
-        return LoadImage(image_only=True)(path)
-    except Exception as error:  # from zlib.error to RuntimeError: readers have no exception in common
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"cannot read {path}: {reason}; a damaged or incomplete file has to be replaced") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,11 +26,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror or error}; free the disk or choose another folder"
-        ) from error
+        message = f"cannot write {path}: {error.strerror or error}; free the disk or choose another folder"
+        raise (OSError(error.errno, message) if error.errno else OSError(message)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what hinders here has hindered before, and was said
+            temporary.unlink()
 
 
 def sha256(path: str | os.PathLike) -> str:

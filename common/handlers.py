@@ -48,12 +48,12 @@ class Checkpoints:
         marks: iterations whose weights are kept.
         resume: a `checkpoint.pt` to go on from, None to begin anew.
 
-    A loss that is no longer finite ends the run with the last good checkpoint untouched and named.
+    A loss or weights that are no longer finite end the run with the last good checkpoint untouched and named.
 
     Raises:
         FileNotFoundError: no file at `resume`.
         ValueError: an `interval` that parts an accumulation of gradients (when training starts).
-        FloatingPointError: a loss that isn't finite (while training).
+        FloatingPointError: a loss or weights that aren't finite (while training).
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Checkpoints:
         content = load_checkpoint(self.resume)
         missing = (self.state.keys() | {"iteration", "random"}) - content.keys()
         if missing:
-            raise ValueError(f"{self.resume} can't be resumed from, it lacks {', '.join(sorted(missing))}: name a checkpoint.pt")
+            raise ValueError(f"{self.resume} lacks {', '.join(sorted(missing))}: resume from a checkpoint.pt")
         try:
             for name, part in self.state.items():
                 part.load_state_dict(content[name])
@@ -126,7 +126,11 @@ class Checkpoints:
         engine.state.iteration = content["iteration"]
         self.stream.start = content["iteration"] * self.batch_size
         if len(content["random"]) == idist.get_world_size():
-            _set_random_state(content["random"][idist.get_rank()])
+            random_state = content["random"][idist.get_rank()]
+            _set_random_state(random_state)
+            # and again once the loader's iterator, which draws a seed when it begins, is there
+            first = Events.ITERATION_STARTED(once=content["iteration"] + 1)
+            engine.add_event_handler(first, lambda _: _set_random_state(random_state))
         engine.logger.info("resumed %s at iteration %d", self.resume, content["iteration"])
 
     def _start(self, engine: Engine) -> None:
@@ -145,14 +149,16 @@ class Checkpoints:
             self._check(engine)
 
     def _check(self, engine: Engine) -> None:
-        if not math.isfinite(self._losses):
+        # A step can spoil the weights after the last loss was still finite: they are looked at as well.
+        if not (math.isfinite(self._losses) and all(value.isfinite().all() for value in self.weights.parameters())):
             last = self.output_dir / "checkpoint.pt"
             remedy = f"resume from {last} with a lower learning_rate" if last.is_file() else "lower learning_rate"
-            raise FloatingPointError(f"the loss is not finite at iteration {engine.state.iteration}: {remedy}")
+            raise FloatingPointError(f"loss or weights are not finite at iteration {engine.state.iteration}: {remedy}")
         self._losses = 0.0
 
     def _save_weights(self, engine: Engine, name: str) -> None:
-        save_weights(self.output_dir / name, self.weights, {**self.facts, "iteration": engine.state.iteration})
+        facts = {**self.facts, "iteration": engine.state.iteration}
+        save_weights(self.output_dir / name, self.weights.state_dict(), facts)
 
 
 def _random_state() -> torch.Tensor:
@@ -203,15 +209,15 @@ class TrainingMonitor:
         """Register with a trainer; in a distributed run the first process alone shows anything."""
         if idist.get_rank() > 0:
             return
-        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED(once=1), self._start)  # when a checkpoint to resume is loaded
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_loss)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._log)
         if self.picture is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.picture_interval), self._draw)
-        engine.add_event_handler(Events.COMPLETED, lambda _: self.writer.close())
 
     def _start(self, engine: Engine) -> None:
         self.writer = SummaryWriter(self.log_dir, purge_step=engine.state.iteration + 1)
+        engine.add_event_handler(Events.COMPLETED, lambda _: self.writer.close())
         self._reset()
 
     def _reset(self) -> None:

@@ -158,8 +158,9 @@ class VolumeInferer(Inferer):
 
         batches = [occupied[i : i + self.batch_size] for i in range(0, len(occupied), self.batch_size)]
         pred = torch.zeros_like(inputs, dtype=torch.float32)
+        calls = len(batches) * self.generate.steps
         with (
-            tqdm(total=len(batches) * self.generate.steps, desc="sampling", unit="step", disable=not self.progress) as bar,
+            tqdm(total=calls, desc="sampling", unit="step", disable=not self.progress) as bar,
             torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=self.amp),
         ):
             for batch in batches:

@@ -14,6 +14,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from torch.utils.data import Dataset
+from tqdm import trange
 
 from .files import replacing, sha256
 from .inferers import VolumeInferer
@@ -45,6 +47,26 @@ def save_ct(path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray, source:
     image.header.set_slope_inter(1, 0)
     with replacing(path) as temporary:
         nib.save(image, temporary)
+
+
+class CheckCases:
+    """Load and preprocess every case once before the first is sampled, so that a bad one is found in seconds.
+
+    Args:
+        dataset: the cases with their preprocessing.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._check)
+
+    def _check(self, engine: Engine) -> None:
+        if len(self.dataset) > 1:  # a single case is loaded at once anyway
+            for i in trange(len(self.dataset), desc="checking", unit="case"):
+                self.dataset[i]
 
 
 class ResultWriter:

@@ -10,7 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.networks import one_hot as monai_one_hot
-from monai.transforms import MapTransform
+from monai.transforms import EnsureChannelFirst, LoadImage, MapTransform
 
 from .labels import BACKGROUND, NUM_CLASSES
 
@@ -157,10 +157,30 @@ def _one_line(affine: np.ndarray) -> str:
     return "[" + "; ".join(" ".join(f"{v:.6g}" for v in row) for row in np.asarray(affine)[:3]) + "]"
 
 
+def load_volume(path: str) -> MetaTensor:
+    """Read a volume as MetaTensor float32, with whatever reader MONAI has for it.
+
+    Raises:
+        OSError: whatever the reader raised, as one line that names the file.
+    """
+    try:
+        return LoadImage(image_only=True)(path)
+    except Exception as error:  # from zlib.error to RuntimeError: readers have no exception in common
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"cannot read {path}: {reason}; a damaged or incomplete file has to be replaced") from error
+
+
+class LoadVolumed(MapTransform):
+    """`load_volume` for the files at the keys, with the channel first: (1, X, Y, Z)."""
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+        return dict(data) | {key: EnsureChannelFirst()(load_volume(data[key])) for key in self.key_iterator(data)}
+
+
 class CheckLabelMapd(MapTransform):
     """`check_label_map` for channel-first tensors: (1, X, Y, Z) of any dtype becomes uint8, all else raises.
 
-    Belongs right after `LoadImaged` and `EnsureChannelFirstd`; messages name the file the volume came from.
+    Belongs right after `LoadVolumed`; messages name the file the volume came from.
     """
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:

@@ -1,0 +1,27 @@
+# Two commands: `make demo` turns a phantom's label map into a CT, `make test` checks everything.
+PYTHON := .venv/bin/python
+BUNDLE := bundles/abdominal_ct_mask_guided_ddpm
+CONFIGS := $(BUNDLE)/configs
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: demo test train-demo
+demo: .venv/installed
+	$(PYTHON) -m common.phantom --output output/demo/phantom --train 0 --validation 1 --shape 128 128 40 --seed 20
+	$(PYTHON) -m monai.bundle run --config_file "['$(CONFIGS)/inference.yaml','$(CONFIGS)/small.yaml']" \
+	  --dataset_dir output/demo/phantom/labelsVa --checkpoint $(BUNDLE)/models/model_small.pt --output_dir output/demo
+
+test: .venv/installed
+	$(PYTHON) -m ruff check
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+# How models/model_small.pt was made: about an hour on one core.
+train-demo: .venv/installed
+	$(PYTHON) -m common.phantom --output output/phantom --train 60 --validation 4 --shape 128 128 40 --seed 0
+	$(PYTHON) -m monai.bundle run training --config_file "['$(CONFIGS)/train.yaml','$(CONFIGS)/small.yaml']" \
+	  --dataset_dir output/phantom --output_dir output/demo_training --iterations 4000
+	$(PYTHON) -m common.bundle output/demo_training/model.pt $(BUNDLE)/models/model_small.pt
+
+.venv/installed: setup.cfg constraints.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
