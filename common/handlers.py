@@ -171,9 +171,10 @@ def _random_state() -> torch.Tensor:
 
 def _set_random_state(state: torch.Tensor) -> None:
     length = len(torch.get_rng_state())
-    torch.set_rng_state(state[:length])
+    # Clones, because PyTorch reads from the start of the storage, whatever part of it a view shows, or crashes.
+    torch.set_rng_state(state[:length].clone())
     if torch.cuda.is_available() and len(state) > length:
-        torch.cuda.set_rng_state(state[length:])
+        torch.cuda.set_rng_state(state[length:].clone())
 
 
 class TrainingMonitor:

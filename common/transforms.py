@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -157,7 +158,7 @@ def _one_line(affine: np.ndarray) -> str:
     return "[" + "; ".join(" ".join(f"{v:.6g}" for v in row) for row in np.asarray(affine)[:3]) + "]"
 
 
-def load_volume(path: str) -> MetaTensor:
+def load_volume(path: str | PathLike) -> MetaTensor:
     """Read a volume as MetaTensor float32, with whatever reader MONAI has for it.
 
     Raises:

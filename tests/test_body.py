@@ -11,7 +11,8 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from common.body import AddBodyd, add_body, body_mask, estimate_envelope, main, with_body
+from common.body import AddBodyd, add_body, body_mask, main, with_body
+from common.envelope import estimate_envelope
 from common.labels import BODY
 from common.phantom import phantom
 from common.transforms import LabelMapError
@@ -267,9 +268,9 @@ def test_the_command_names_a_file_that_is_cut_short(tmp_path):
     write_pair(tmp_path, "a.nii.gz")
     ct = tmp_path / "images" / "a.nii.gz"
     ct.write_bytes(ct.read_bytes()[:-5000])
-    with pytest.raises(SystemExit, match=r"error: cannot read .*images/a.nii.gz: .*copy it again"):
+    with pytest.raises(SystemExit, match=r"error: cannot read .*images/a.nii.gz: .*replaced"):
         run(tmp_path)
     ct.write_bytes(b"no volume")
-    with pytest.raises(SystemExit, match=r"error: cannot read .*images/a.nii.gz: .*copy it again"):
+    with pytest.raises(SystemExit, match=r"error: cannot read .*images/a.nii.gz: .*replaced"):
         run(tmp_path)
     assert not (tmp_path / "output").exists()
