@@ -151,6 +151,14 @@ class AddBodyd(MapTransform):
         return data
 
 
+def _header(path: Path) -> nib.Nifti1Image:
+    """The volume, of which nothing but the header has been read."""
+    try:
+        return nib.load(path)
+    except (OSError, EOFError, nib.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"cannot read {path}: {error}; a damaged or incomplete file has to be replaced") from error
+
+
 def _pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     """(CT, label map) of equal names in two folders, their grids compared by their headers alone."""
     for folder in (images, labels):
@@ -163,7 +171,7 @@ def _pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     for image, label in pairs:
         if not image.is_file():
             raise ValueError(f"{label} has no CT of the same name in {images}; add it or take the label map away")
-        ct, mask = nib.load(image), nib.load(label)  # no more than the headers
+        ct, mask = _header(image), _header(label)
         check_same_geometry((mask.shape, mask.affine, label), (ct.shape, ct.affine, image))
     return pairs
 
@@ -183,11 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ids = torch.from_numpy(check_label_map(volume, str(label)))
             if not (ids == BODY).any():
                 ids = with_body(ids, volume.affine, load_volume(image).as_tensor())
-            result = nib.Nifti1Image(ids.numpy(), None, nib.load(label).header)
+            result = nib.Nifti1Image(ids.numpy(), None, _header(label).header)
             result.set_data_dtype(np.uint8)
             with replacing(options.output / label.name) as path:
                 nib.save(result, path)
-    except (ValueError, OSError, nib.filebasedimages.ImageFileError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -1,0 +1,265 @@
+"""From a label volume to a CT volume: a perfect denoiser whose samples are known, and the statistics of the noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from common.diffusion import GaussianDiffusion
+from common.inferers import DiffusionSampler, VolumeInferer, VolumeNoise
+
+STD = 0.1
+MEANS = torch.zeros(17).index_put((torch.tensor([1, 6, 16]),), torch.tensor([0.2, -0.5, 0.4]))
+LOG_ALPHAS_CUMPROD = np.log(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+DIFFUSION = GaussianDiffusion()
+
+
+class Oracle(nn.Module):
+    """The perfect denoiser of slices whose pixels are N(mean of the pixel's class, 0.1²), in network space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[torch.Tensor] = []
+        self.calls = 0
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        self.encoded.append(image)
+        return MEANS[image.long()]
+
+    def forward(self, x, timesteps, image=None, condition=None):
+        assert image is None and len(condition) == len(x)
+        self.calls += 1
+        alpha = float(np.exp(np.interp(timesteps[0].item(), np.arange(1000), LOG_ALPHAS_CUMPROD)))
+        epsilon = (x - alpha**0.5 * condition) * (1 - alpha) ** 0.5 / (alpha * STD**2 + 1 - alpha)
+        return torch.cat([epsilon, torch.zeros_like(x)], dim=1)
+
+
+def label_volume(depth: int = 12, side: int = 16, empty: tuple[int, ...] = ()) -> torch.Tensor:
+    """(1, 1, side, side, depth): class 1 in the upper half, 6 in the lower, but for the first column; no two alike."""
+    volume = torch.ones(side, side, depth, dtype=torch.uint8)
+    volume[side // 2 :] = 6
+    volume[:, 0] = 0
+    for k in range(depth):
+        volume[k % side, 1 + k // side, k] = 16
+    volume[..., list(empty)] = 0
+    return volume[None, None]
+
+
+def infer(labels: torch.Tensor, network: nn.Module | None = None, sampler: str = "ddpm", steps: int = 5, **options):
+    generate = DiffusionSampler(DIFFUSION, sampler, steps)
+    return VolumeInferer(generate, progress=False, **options)(labels, network or Oracle())
+
+
+# ------------------------------------------------------------------------------------------------------ the volume
+
+
+def test_a_perfect_denoiser_gives_the_data():
+    labels = label_volume(depth=20, side=48)
+    pred = infer(labels, sampler="dpmpp_2m", steps=20)
+    assert pred.shape == labels.shape and pred.dtype == torch.float32
+    for label in (1, 6):
+        values = pred[labels == label].double()  # 22,000 pixels of network space's N(mean, 0.1²), in [0, 1]
+        assert abs(values.mean().item() - (MEANS[label].item() + 1) / 2) < 4 * (STD / 2) / len(values) ** 0.5 + 2e-4
+        assert values.std().item() == pytest.approx(STD / 2, rel=0.03)
+
+
+def test_pixels_are_independent_within_and_between_slices():
+    pred = infer(label_volume(depth=20, side=48), sampler="dpmpp_2m", steps=10)[0, 0, :24, 2:].double()
+    residual = (pred - 0.6).flatten(0, 1)  # (pixels, slices); 1,104 pixels each
+    between = np.corrcoef(residual.T.numpy())
+    assert abs(between - np.eye(20)).max() < 0.15
+    within = np.corrcoef(pred[:, 1:].flatten(), pred[:, :-1].flatten())[0, 1]
+    assert abs(within) < 0.03
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("noise_correlation", [0.0, 0.7])
+def test_the_result_does_not_depend_on_the_batch_size(sampler, noise_correlation):
+    labels = label_volume(depth=11, empty=(4,))
+    options = {"sampler": sampler, "noise_correlation": noise_correlation}
+    expected = infer(labels, batch_size=1, **options)
+    assert expected[labels == 1].std() > 0.01  # of the noise, that is
+    for batch_size in (2, 3, 7, 64):
+        torch.testing.assert_close(infer(labels, batch_size=batch_size, **options), expected, rtol=0, atol=1e-6)
+
+
+def test_slices_without_a_body_are_air_and_cost_nothing():
+    empty = (0, 3, 4, 11)
+    labels, network = label_volume(empty=empty), Oracle()
+    pred = infer(labels, network, batch_size=3)
+    assert (pred[..., list(empty)] == 0).all()
+    assert (pred[..., 1] != 0).any()
+    seen = torch.cat(network.encoded)
+    occupied = [k for k in range(12) if k not in empty]
+    assert torch.equal(seen, labels[0].movedim(-1, 0)[occupied])
+
+
+def test_a_volume_without_any_body_is_all_air():
+    network = Oracle()
+    pred = infer(torch.zeros(1, 1, 8, 8, 5), network)
+    assert torch.equal(pred, torch.zeros(1, 1, 8, 8, 5)) and network.encoded == []
+
+
+def test_the_mask_is_encoded_once_a_batch_and_the_network_called_once_a_step():
+    network = Oracle()
+    infer(label_volume(depth=10), network, sampler="dpmpp_2m", steps=6, batch_size=4)
+    assert [len(image) for image in network.encoded] == [4, 4, 2]
+    assert network.calls == 3 * 6
+
+
+def test_slices_come_back_where_they_were():
+    labels = label_volume()
+    pred = infer(labels, sampler="dpmpp_2m", steps=20)
+    expected = (MEANS[labels.long()] + 1) / 2
+    assert (pred - expected).abs().max() < 6 * STD / 2
+
+
+def test_the_same_mask_and_seed_give_the_same_ct_under_any_name():
+    labels = label_volume()
+    first, second = (
+        MetaTensor(labels.float(), meta={"filename_or_obj": name, "affine": torch.eye(4) * scale})
+        for name, scale in (("a.nii.gz", 1), ("b.nii.gz", 2))
+    )
+    expected = infer(labels, seed=3)
+    for volume in (first, second, labels.long()):
+        assert torch.equal(torch.as_tensor(infer(volume, seed=3)), expected)
+
+
+def test_another_seed_or_mask_gives_other_noise():
+    labels = label_volume()
+    other = labels.clone()
+    other[0, 0, 2, 2, 0] = 16
+    a, b, c = infer(labels, seed=0), infer(labels, seed=1), infer(other, seed=0)
+    same = (labels == 1) & (other == 1)
+    for x, y in ((a, b), (a, c)):
+        assert abs(np.corrcoef(x[same], y[same])[0, 1]) < 0.1  # 1,300 pixels
+
+
+def test_one_starting_noise_for_all_makes_slices_of_one_mask_alike():
+    labels = torch.ones(1, 1, 8, 8, 6, dtype=torch.uint8)
+    shared = infer(labels, sampler="dpmpp_2m", noise_correlation=1.0)
+    assert torch.equal(shared, shared[..., :1].expand_as(shared))
+    independent = infer(labels, sampler="dpmpp_2m", noise_correlation=0.0)
+    assert not torch.isclose(independent[..., 0], independent[..., 1]).all()
+
+
+def test_global_random_state_is_neither_used_nor_changed():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    expected = infer(label_volume())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(infer(label_volume()), expected)
+
+
+class Generator:
+    """Makes slices without a network: class 1 becomes 5, class 6 becomes -5, the rest 0.25."""
+
+    steps, settings = 1, {}
+
+    def __call__(self, network, image, noise, callback):
+        callback()
+        return torch.where(image == 1, 5.0, torch.where(image == 6, -5.0, 0.25))
+
+
+def test_predictions_beyond_the_window_are_held_to_it():
+    labels = label_volume()
+    pred = VolumeInferer(Generator(), progress=False)(labels, nn.Identity())
+    expected = torch.full(labels.shape, 0.25)
+    expected[labels == 1], expected[labels == 6] = 1, 0
+    assert torch.equal(pred, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 4), (2, 1, 8, 8, 4), (1, 2, 8, 8, 4), (8, 8, 4)])
+def test_other_shapes_are_refused(shape):
+    network = Oracle()
+    with pytest.raises(ValueError) as caught:
+        infer(torch.ones(shape), network)
+    assert str(tuple(shape)) in str(caught.value) and "\n" not in str(caught.value) and not network.calls
+
+
+def test_an_unknown_sampler_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'euler'.*ddpm, ddim, dpmpp_2m"):
+        DiffusionSampler(DIFFUSION, "euler")
+
+
+def test_settings_tell_how_the_volume_was_made():
+    generate = DiffusionSampler(DIFFUSION, "ddim", 25, {"eta": 1.0})
+    assert VolumeInferer(generate, seed=4, noise_correlation=0.5).settings == {
+        "sampler": "ddim",
+        "sampling_steps": 25,
+        "sampler_options": {"eta": 1.0},
+        "seed": 4,
+        "noise_correlation": 0.5,
+        "precision": "float32",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the noise
+
+
+def noise(correlation: float = 0.0, seed: int = 0, case: str = "a", depth: int = 40, side: int = 64) -> VolumeNoise:
+    return VolumeNoise(seed, case, (side, side), depth, correlation)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.9])
+def test_slices_n_apart_correlate_by_rho_to_the_n(rho):
+    start = noise(rho).start[:, 0].flatten(1).double()  # 40 slices of 4,096 pixels
+    for lag in (1, 2, 3, 6):
+        measured = (start[lag:] * start[:-lag]).mean().item()
+        # Bartlett's variance of the mean of AR(1) products, over n pixels
+        inflation = (1 + rho**2) / (1 - rho**2) + 2 * lag * rho ** (2 * lag)
+        tolerance = 4 * ((1 + rho ** (2 * lag)) * inflation / ((40 - lag) * 4096)) ** 0.5
+        assert measured == pytest.approx(rho**lag, abs=tolerance), lag
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.9, 1.0])
+def test_every_slice_stays_standard_normal(rho):
+    start = noise(rho).start.flatten(1).double()
+    assert (start.mean(1).abs() < 4.5 / 64).all()  # 4,096 pixels: standard error 1/64
+    assert ((start.std(1) - 1).abs() < 4.5 / (64 * 2**0.5)).all()
+
+
+def test_full_correlation_shares_the_start_and_not_the_later_noise():
+    volume = noise(1.0, depth=5)
+    assert torch.equal(volume.start, volume.start[:1].expand_as(volume.start))
+    later = volume.of([0, 1], torch.device("cpu"))().flatten(1)
+    assert abs(np.corrcoef(later.numpy())[0, 1]) < 0.06
+
+
+def test_correlation_leaves_the_first_slice_and_the_later_noise_as_they_were():
+    device = torch.device("cpu")
+    a, b = noise(0.0, depth=4), noise(0.6, depth=4)
+    assert torch.equal(a.start[0], b.start[0])
+    assert torch.equal(a.of([2], device)(), b.of([2], device)())
+
+
+def test_a_slice_gets_its_noise_whatever_stands_beside_it():
+    device = torch.device("cpu")
+    together, alone, deeper = noise(depth=6), noise(depth=6), noise(depth=9)
+    batch = together.of([1, 4, 5], device)
+    first, second = batch(), batch()
+    assert not torch.equal(first, second)
+    for place, k in enumerate((1, 4, 5)):
+        for other in (alone, deeper):
+            single = other.of([k], device)
+            assert torch.equal(single.start[0], batch.start[place])
+            assert torch.equal(single()[0], first[place]) and torch.equal(single()[0], second[place])
+
+
+def test_noise_is_that_of_its_seed_and_case():
+    base = noise(depth=3).start
+    assert torch.equal(noise(depth=3).start, base)
+    others = [noise(depth=3, **other) for other in ({"seed": 1}, {"seed": -1}, {"seed": 11}, {"case": "b"})]
+    stack = torch.stack([base, *(other.start for other in others)]).flatten(1).numpy()
+    assert abs(np.corrcoef(stack) - np.eye(5)).max() < 0.05  # 12,288 pixels
+
+
+@pytest.mark.parametrize("rho", [-0.1, 1.01, float("nan")])
+def test_an_impossible_correlation_is_refused(rho):
+    with pytest.raises(ValueError, match=r"noise_correlation is .*0 .*1") as caught:
+        noise(rho, depth=2)
+    assert "\n" not in str(caught.value)
