@@ -100,15 +100,17 @@ def test_there_are_bundles(bundles):
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
-def test_properties_are_complete(bundle, kind, workflow, amos, trained, masks, tiny_training, tiny_inference, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [sys.path[0], str(bundle), *sys.path[1:]])
+def test_properties_are_complete(
+    bundle, kind, workflow, on_path, amos, trained, masks, tiny_training, tiny_inference, tmp_path
+):
     if kind == "train":
         options = tiny_training | {"dataset_dir": amos, "cache_dir": amos / "cache"}
     else:
         options = tiny_inference | {"dataset_dir": masks, "checkpoint": trained / "model.pt"}
-    made = workflow(bundle, kind, output_dir=tmp_path, **options)
-    assert made.check_properties() == []
-    assert made.bundle_root == str(bundle)
+    with on_path(bundle):
+        made = workflow(bundle, kind, output_dir=tmp_path, **options)
+        assert made.check_properties() == []
+        assert made.bundle_root == str(bundle)
 
 
 def test_metadata_is_json(bundle):

@@ -347,7 +347,7 @@ def test_the_status_line_says_what_tensorboard_says(tmp_path, caplog):
     found = [re.fullmatch(pattern, line).groups() for line in lines]
     assert [(i, loss) for i, loss, *_ in found] == [("4", "2.5000"), ("8", "6.5000")]
     speeds = scalars(tmp_path, "images_per_second")
-    assert [float(speed) for _, _, speed, _ in found] == pytest.approx([speeds[4], speeds[8]], abs=0.06)
+    assert [float(speed) for _, _, speed, _ in found] == pytest.approx([speeds[4], speeds[8]], abs=0.1)
 
 
 def test_images_per_second_count_the_batches_and_not_the_pictures(tmp_path, monkeypatch):
