@@ -12,7 +12,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(PYTHON) -m ruff check
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 # How models/model_small.pt was made: about an hour on one core.
 train-demo: .venv/installed

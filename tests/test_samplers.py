@@ -228,7 +228,9 @@ def test_a_shorter_training_process_is_followed():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "draws"), [(ddpm, 4), (ddim, 0), (partial(ddim, eta=1.0), 4), (dpmpp_2m, 0)], ids=str
+    ("sampler", "draws"),
+    [(ddpm, 4), (ddim, 0), (partial(ddim, eta=1.0), 4), (dpmpp_2m, 0)],
+    ids=["ddpm", "ddim", "ddim with eta 1", "dpmpp_2m"],
 )
 def test_noise_is_drawn_once_between_two_steps_or_never(sampler, draws):
     noise, calls = Noise(1, 1, 4, 4), []
