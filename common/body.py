@@ -183,8 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--labels", type=Path, required=True, help="folder of label maps with the CTs' file names")
     parser.add_argument("--output", type=Path, required=True, help="folder for the label maps with class 16")
     options = parser.parse_args(arguments)
-    if options.output.resolve() == options.labels.resolve():
-        parser.error("--output is the folder of the label maps: choose another one")
+    if options.output.resolve() in (options.labels.resolve(), options.images.resolve()):
+        parser.error("--output is a folder of the input: choose another one")
     try:
         for image, label in tqdm(_pairs(options.images, options.labels), unit="case"):
             volume = load_volume(label)

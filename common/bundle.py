@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="file to write")
     options = parser.parse_args()
     content = load_checkpoint(options.source)
+    if "facts" not in content:
+        parser.error(f"{options.source} is no model.pt of a training")
     save_weights(options.target, {name: value.half() for name, value in content["model"].items()}, content["facts"])
 
 

@@ -73,11 +73,17 @@ def _claim(cache_dir: Path, parameters: dict) -> None:
     """Write the parameters into a new cache; refuse one that has others."""
     index = cache_dir / "cache.json"
     if not index.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / ".cache.lock"):
-            if not index.exists():
-                with replacing(index) as temporary:
-                    temporary.write_text(json.dumps(parameters), encoding="utf-8")
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache_dir / ".cache.lock"):
+                if not index.exists():
+                    with replacing(index) as temporary:
+                        temporary.write_text(json.dumps(parameters), encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(
+                f"cannot write the cache {cache_dir}: {reason}; name another folder with --cache_dir"
+            ) from error
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
     except ValueError:

@@ -48,10 +48,10 @@ def ddim_timesteps(n: int, num_train_timesteps: int = 1000) -> list[int]:
 class GaussianDiffusion(Scheduler):
     """The process q that turns an image into noise, and its reverse with a learned range of variances.
 
-    A MONAI `Scheduler`, so that MONAI's inferers take it. Its tables are float64 and stay on the CPU; they are rounded
-    to float32 when looked up. An `index` counts the steps of this process: either a (B,) integer tensor, which looks up
-    (B, 1, 1, 1) tensors, or an int for the whole batch, which looks up Python floats. The time a network is given is
-    `timesteps[index]`; the two are equal in the full process.
+    A MONAI `Scheduler`, so that MONAI's `DiffusionInferer` can train a plain `DiffusionModelUNet` with it. Its tables
+    are float64 and on the CPU; what a tensor looks up in them is float32. An `index` counts the steps of this process:
+    either a (B,) integer tensor, which looks up (B, 1, 1, 1) tensors, or an int for the whole batch, which looks up
+    Python floats. The time a network is given is `timesteps[index]`; the two are equal in the full process.
 
     Args:
         num_train_timesteps: T, the number of steps of the full process. β is linear from 1e-4 to 0.02 for T = 1000
@@ -65,6 +65,7 @@ class GaussianDiffusion(Scheduler):
 
     def __init__(self, num_train_timesteps: int = 1000, timesteps: Sequence[int] | None = None) -> None:
         super().__init__(num_train_timesteps)  # its tables are float32: all are replaced here
+        self._float_tables: dict[tuple[str, torch.device], Tensor] = {}
         scale = 1000 / num_train_timesteps
         betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_train_timesteps, dtype=torch.float64)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -110,23 +111,23 @@ class GaussianDiffusion(Scheduler):
             noise: like x_0.
             timesteps: indices of this process, (B,).
         """
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps)
-        return signal * original_samples + self._at(self.sqrt_one_minus_alphas_cumprod, timesteps) * noise
+        signal = self._at("sqrt_alphas_cumprod", timesteps)
+        return signal * original_samples + self._at("sqrt_one_minus_alphas_cumprod", timesteps) * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """√ᾱ·ε − √(1−ᾱ)·x_0 (Salimans & Ho 2022, arXiv 2202.00512); MONAI's own would make `alphas_cumprod` float32."""
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps)
-        return signal * noise - self._at(self.sqrt_one_minus_alphas_cumprod, timesteps) * sample
+        signal = self._at("sqrt_alphas_cumprod", timesteps)
+        return signal * noise - self._at("sqrt_one_minus_alphas_cumprod", timesteps) * sample
 
     def predict_x0(self, x_t: Tensor, noise: Tensor, index: Tensor | int) -> Tensor:
         """The x_0 that x_t comes from if `noise` is what was added: x_t/√ᾱ − ε·√(1/ᾱ − 1), not clipped."""
-        scale = self._at(self.sqrt_recip_alphas_cumprod, index)
-        return scale * x_t - self._at(self.sqrt_recip_alphas_cumprod_minus_one, index) * noise
+        scale = self._at("sqrt_recip_alphas_cumprod", index)
+        return scale * x_t - self._at("sqrt_recip_alphas_cumprod_minus_one", index) * noise
 
     def posterior(self, x_0: Tensor, x_t: Tensor, index: Tensor | int) -> tuple[Tensor, Tensor | float]:
         """Mean (B, 1, H, W) and log variance of q(x_{t−1} | x_t, x_0) (DDPM eq. 6 and 7)."""
-        mean = self._at(self.posterior_mean_coef1, index) * x_0 + self._at(self.posterior_mean_coef2, index) * x_t
-        return mean, self._at(self.posterior_log_variance, index)
+        mean = self._at("posterior_mean_coef1", index) * x_0 + self._at("posterior_mean_coef2", index) * x_t
+        return mean, self._at("posterior_log_variance", index)
 
     def model_distribution(
         self, output: Tensor, x_t: Tensor, index: Tensor | int, clip: bool
@@ -149,13 +150,15 @@ class GaussianDiffusion(Scheduler):
             x_0 = x_0.clamp(-1, 1)
         mean, lowest = self.posterior(x_0, x_t, index)
         fraction = (v + 1) / 2
-        return mean, fraction * self._at(self.log_betas, index) + (1 - fraction) * lowest, x_0
+        return mean, fraction * self._at("log_betas", index) + (1 - fraction) * lowest, x_0
 
-    @staticmethod
-    def _at(table: Tensor, index: Tensor | int) -> Tensor | float:
+    def _at(self, table: str, index: Tensor | int) -> Tensor | float:
         if isinstance(index, int):
-            return table[index].item()
-        return table.float().to(index.device)[index].view(-1, 1, 1, 1)
+            return getattr(self, table)[index].item()
+        # Copied to a device once: a copy makes the CPU wait for the GPU.
+        if (table, index.device) not in self._float_tables:
+            self._float_tables[table, index.device] = getattr(self, table).float().to(index.device)
+        return self._float_tables[table, index.device][index].view(-1, 1, 1, 1)
 
 
 class NoisySample(NamedTuple):

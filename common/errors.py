@@ -8,6 +8,9 @@ from types import TracebackType
 
 PACKAGE = Path(__file__).absolute().parent
 
+RAISED = (ValueError, OSError, FloatingPointError)
+"""What this package raises on purpose, subclasses included."""
+
 
 def report_in_one_line() -> None:
     """From now on an error that this package raises ends the program with its message alone.
@@ -29,7 +32,9 @@ def _print_error(kind: type[BaseException], error: BaseException, traceback: Tra
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised on purpose: by a line of this package."""
+    """Whether the error was raised on purpose: of a kind that this package raises, by a line of it."""
+    if not isinstance(error, RAISED):
+        return False
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

@@ -116,7 +116,11 @@ class Checkpoints:
             raise ValueError(f"{self.resume} lacks {', '.join(sorted(missing))}: resume from a checkpoint.pt")
         try:
             for name, part in self.state.items():
+                groups = getattr(part, "param_groups", [])
+                rates = [group["lr"] for group in groups]
                 part.load_state_dict(content[name])
+                for group, rate in zip(part.param_groups if groups else [], rates, strict=True):
+                    group["lr"] = rate  # the config's, not the checkpoint's
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{self.resume} is of another network or optimiser: resume with the configs and overlays of that run"

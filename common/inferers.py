@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -82,6 +83,15 @@ class DiffusionSampler:
         self.sampler = SAMPLERS[sampler]
         self.steps = steps
         self.options = options or {}
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Sample a single pixel, so that impossible steps and options are found before any work."""
+        pixel, output = torch.zeros(1, 1, 1, 1), torch.zeros(1, 2, 1, 1)
+        try:
+            self.sampler(lambda x, t: output, pixel, self.diffusion, self.steps, pixel.clone, **self.options)
+        except TypeError as error:
+            raise ValueError(f"{self.sampler.__name__} has no such option ({error}): mend sampler_options") from error
 
     @property
     def settings(self) -> dict:
@@ -151,7 +161,8 @@ class VolumeInferer(Inferer):
         """
         if inputs.ndim != 5 or inputs.shape[:2] != (1, 1):
             raise ValueError(f"give one label volume (1, 1, H, W, D) at a time, not {tuple(inputs.shape)}")
-        labels = torch.as_tensor(inputs)[0].movedim(-1, 0).to(torch.uint8)  # (D, 1, H, W)
+        # Without MONAI's meta data, which would cost milliseconds in every step.
+        labels = convert_to_tensor(inputs, track_meta=False)[0].movedim(-1, 0).to(torch.uint8)  # (D, 1, H, W)
         occupied = (labels != BACKGROUND).flatten(1).any(dim=1).nonzero().flatten().tolist()
         case = hashlib.sha256(labels.cpu().contiguous().numpy().tobytes()).hexdigest()
         noise = VolumeNoise(self.seed, case, labels.shape[2:], len(labels), self.noise_correlation)

@@ -43,7 +43,7 @@ def hu_statistics(label_map: np.ndarray, hu: np.ndarray) -> dict[str, dict[str, 
 
 
 def save_preview(path: str | os.PathLike, label_map: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> None:
-    """Write a PNG of three planes through the organs, each as mask and CT side by side.
+    """Write a PNG of three planes through the organs, the mask above the CT.
 
     Planes are shown as in radiology: the patient's right on the left, the head or the front above.
 

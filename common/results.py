@@ -50,7 +50,7 @@ def save_ct(path: str | os.PathLike, hu: np.ndarray, affine: np.ndarray, source:
 
 
 class CheckCases:
-    """Load and preprocess every case once before the first is sampled, so that a bad one is found in seconds.
+    """Load and preprocess every case once before the first is sampled, so that a bad one is found at once.
 
     Args:
         dataset: the cases with their preprocessing.

@@ -61,6 +61,8 @@ def ddim(
     callback: Callable[[], None] | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): deterministic for eta = 0; `steps` divides T."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: choose a value from 0 (deterministic) to 1 (as noisy as ddpm)")
     process = diffusion.respace(ddim_timesteps(steps, diffusion.num_train_timesteps))
     for i, t in reversed(list(enumerate(process.timesteps.tolist()))):
         alpha, alpha_prev = process.alphas_cumprod[i].item(), process.alphas_cumprod_prev[i].item()

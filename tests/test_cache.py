@@ -274,3 +274,10 @@ def test_two_processes_build_every_volume_once_and_get_what_one_gets(tmp_path, c
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(journal.read_text().split()) == ["a", "b", "c"]
     assert arrays(tmp_path / "together") == arrays(tmp_path / "alone")
+
+
+def test_a_cache_that_cannot_be_made_names_the_option(tmp_path, cases):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write the cache .*file/cache.*--cache_dir") as error:
+        build_cache(cases, tmp_path / "file" / "cache", size=16)
+    assert "\n" not in str(error.value)

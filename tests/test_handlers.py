@@ -78,6 +78,7 @@ class Run:
         workers: int = 0,
         loss: nn.Module | None = None,
         monitor: dict | None = None,
+        learning_rate: float = 1e-2,
         **checkpoints,
     ) -> None:
         torch.manual_seed(0 if resume is None else 99)  # a resumed run must not live on its own start
@@ -85,7 +86,7 @@ class Run:
         self.dataset = Slices()
         self.network = TinyDenoiser(width)
         self.ema = EMAHandler(self.network, momentum=MOMENTUM)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-2)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate)
         stream = ShuffledStream(len(self.dataset), seed=5)
         handlers = [self.ema]
         if monitor is not None:
@@ -371,6 +372,13 @@ def test_images_per_second_count_the_batches_and_not_the_pictures(tmp_path, monk
     (tag,) = events.Tags()["images"]
     assert [event.step for event in events.Images(tag)] == [2, 4, 6, 8]
     assert (events.Images(tag)[0].width, events.Images(tag)[0].height) == (4, 4)
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_its_config(tmp_path):
+    Run(tmp_path, 2, interval=2)()
+    resumed = Run(tmp_path, 3, resume=tmp_path / "checkpoint.pt", learning_rate=5e-3, interval=3)()
+    assert [group["lr"] for group in resumed.optimizer.param_groups] == [5e-3]
+    assert resumed.optimizer.state_dict()["state"][0]["step"] == 3  # all else went on
 
 
 def test_a_resumed_run_adds_to_the_curves_of_the_first(tmp_path):

@@ -263,3 +263,31 @@ def test_an_impossible_correlation_is_refused(rho):
     with pytest.raises(ValueError, match=r"noise_correlation is .*0 .*1") as caught:
         noise(rho, depth=2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "options", "message"),
+    [
+        ("ddim", 30, {}, "30 steps have no integer stride"),
+        ("ddpm", 1, {}, "choose 2 to 1000 steps"),
+        ("ddim", 50, {"eta": 1.5}, "eta is 1.5: choose a value from 0"),
+        ("ddim", 50, {"spacing": "time"}, "no such option .*spacing.*mend sampler_options"),
+        ("dpmpp_2m", 20, {"spacing": "even"}, "choose 'logsnr' or 'time'"),
+    ],
+)
+def test_impossible_sampling_is_refused_before_any_work(sampler, steps, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DiffusionSampler(GaussianDiffusion(), sampler, steps, options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_network_works_on_plain_tensors():
+    seen = []
+
+    def generate(network, image, noise, callback):
+        seen.append(type(image))
+        return noise.start
+
+    generate.steps = 1
+    VolumeInferer(generate, progress=False)(MetaTensor(torch.ones(1, 1, 4, 4, 2, dtype=torch.uint8)), None)
+    assert seen == [torch.Tensor]
