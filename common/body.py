@@ -143,7 +143,8 @@ class AddBodyd(MapTransform):
             elif self.missing == "error":
                 raise LabelMapError(
                     f"{file_name(label)}: no body class (id {BODY}); make it from the CTs with `python -m {__package__}"
-                    ".body --images DIR --labels DIR --output DIR`, or set missing_body to 'estimate'"
+                    ".body --images DIR --labels DIR --output DIR` from the bundle's folder, or estimate it with "
+                    "--missing_body estimate"
                 )
             hu = None if ct is None else ct.as_tensor()[0].cpu()
             result = with_body(label.as_tensor()[0].cpu(), label.affine.cpu(), hu)

@@ -134,7 +134,6 @@ def trained(bundle, amos, run_bundle, tiny_training, tmp_path_factory) -> Path:
         run_id="training",
         **tiny_training,
         dataset_dir=amos,
-        cache_dir=amos / "cache",
         output_dir=folder,
     )
     return folder
