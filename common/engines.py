@@ -1,13 +1,25 @@
-"""What MONAI's engines lack: how a batch becomes the question that a denoiser is trained on."""
+"""What MONAI's engines lack: the question that a denoiser is trained on, and the two steps of a GAN."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
-from monai.engines import PrepareBatch
+from monai.engines import PrepareBatch, Trainer
+from monai.engines.workflow import Workflow
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor, nn
 
 from .diffusion import GaussianDiffusion, NoisySample
+
+
+def prepare_slices(
+    batchdata: dict[str, Tensor], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Move `image` (B, 1, H, W) ids and `ct` (B, 1, H, W) in [0, 1] to the device, the CT into network space."""
+    image, ct = (batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs) for key in ("image", "ct"))
+    return image, ct * 2 - 1
 
 
 class PrepareNoisyBatch(PrepareBatch):
@@ -31,9 +43,146 @@ class PrepareNoisyBatch(PrepareBatch):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, NoisySample, tuple[torch.Tensor, torch.Tensor], dict]:
         """`image` (B, 1, H, W) ids and `ct` (B, 1, H, W) in [0, 1] to x_t, target, (t, image) and no keywords."""
-        image = batchdata["image"].to(device=device, non_blocking=non_blocking, **kwargs)
-        x_0 = batchdata["ct"].to(device=device, non_blocking=non_blocking, **kwargs) * 2 - 1
+        image, x_0 = prepare_slices(batchdata, device, non_blocking, **kwargs)
         t = torch.randint(len(self.diffusion), (len(x_0),), device=x_0.device)
         noise = torch.randn_like(x_0)
         x_t = self.diffusion.add_noise(x_0, noise, t)
         return x_t, NoisySample(x_0, noise, t, x_t), (t, image), {}
+
+
+class Objective(Protocol):
+    """What a GAN's two networks are trained for: the terms of each loss by name, weighted, to be summed.
+
+    `image` are label maps (B, 1, H, W), `real` and `fake` slices in [-1, 1], alike.
+    """
+
+    def generator_terms(self, discriminator: nn.Module, image: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """The generator's loss; gradients come to it through `fake`."""
+
+    def discriminator_terms(
+        self, discriminator: nn.Module, image: Tensor, real: Tensor, fake: Tensor
+    ) -> dict[str, Tensor]:
+        """The discriminator's loss; `fake` is a constant."""
+
+
+class GANTrainer(Trainer):
+    """Train a generator and a discriminator in turns: `SupervisedTrainer`'s sibling, which takes the same arguments.
+
+    The discriminator's step never sees an outdated fake: when the generator goes first, its slices are made anew
+    after its step (SPADE, OASIS); when it goes second, both steps share them (pix2pix).
+
+    Args:
+        device: where the networks are.
+        max_epochs: epochs to run.
+        epoch_length: iterations of an epoch.
+        train_data_loader: batches with `image` and `ct`.
+        network: the generator, `network(image)` gives slices (B, 1, H, W) in [-1, 1].
+        discriminator: what the objective asks about slices.
+        optimizer: the generator's.
+        discriminator_optimizer: the discriminator's.
+        objective: the two losses.
+        order: "generator" and "discriminator", the one to step first first.
+        prepare_batch: makes label maps and slices of a batch.
+        train_handlers: handlers to attach.
+        amp: run the networks in lower precision.
+        amp_kwargs: for `torch.autocast`. There is no gradient scaler: bfloat16, which needs none, is the type to use.
+        compile: compile both networks.
+        accumulation_steps: iterations whose gradients make one step.
+
+    After an iteration `state.output` has the sum of both losses as `loss`, and every term by its name in `terms`.
+
+    Raises:
+        ValueError: another `order`.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        max_epochs: int,
+        epoch_length: int,
+        train_data_loader: Iterable,
+        network: nn.Module,
+        discriminator: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        discriminator_optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        order: Sequence[str] = ("generator", "discriminator"),
+        prepare_batch: Callable = prepare_slices,
+        train_handlers: Sequence | None = None,
+        amp: bool = False,
+        amp_kwargs: dict | None = None,
+        compile: bool = False,
+        accumulation_steps: int = 1,
+    ) -> None:
+        if sorted(order) != ["discriminator", "generator"]:
+            raise ValueError(f"order is {order}: name generator and discriminator once each")
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            data_loader=train_data_loader,
+            epoch_length=epoch_length,
+            prepare_batch=prepare_batch,
+            non_blocking=True,
+            handlers=train_handlers,
+            amp=amp,
+            amp_kwargs=amp_kwargs,
+            decollate=False,
+        )
+        self.network = network
+        self.discriminator = discriminator
+        self.optimizer = optimizer
+        self.discriminator_optimizer = discriminator_optimizer
+        self.objective = objective
+        self.generator_first = order[0] == "generator"
+        self.accumulation_steps = accumulation_steps
+        if compile:
+            network.compile()
+            discriminator.compile()
+
+    def run(self) -> None:
+        """Train."""
+        Workflow.run(self)  # MONAI's Trainer would make a gradient scaler
+
+    def _iteration(self, engine: GANTrainer, batchdata: dict[str, Tensor]) -> dict:
+        image, real = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
+        self.network.train()
+        self.discriminator.train()
+        fake = self._generate(image)
+        if self.generator_first:
+            terms = self._step_generator(image, real, fake)
+            with torch.no_grad():
+                fake = self._generate(image)
+            terms |= self._step_discriminator(image, real, fake)
+        else:
+            terms = self._step_discriminator(image, real, fake.detach())
+            terms |= self._step_generator(image, real, fake)
+        return {Keys.IMAGE: image, Keys.LABEL: real, Keys.LOSS: torch.stack([*terms.values()]).sum(), "terms": terms}
+
+    def _generate(self, image: Tensor) -> Tensor:
+        with self._precision():
+            return self.network(image)
+
+    def _step_generator(self, image: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        # It only passes gradients on: its own aren't needed, nor to be averaged over processes.
+        critic = getattr(self.discriminator, "module", self.discriminator).requires_grad_(False)
+        with self._precision():
+            terms = self.objective.generator_terms(critic, image, real, fake)
+        critic.requires_grad_(True)
+        return self._update(self.optimizer, "generator", terms)
+
+    def _step_discriminator(self, image: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        with self._precision():
+            terms = self.objective.discriminator_terms(self.discriminator, image, real, fake)
+        return self._update(self.discriminator_optimizer, "discriminator", terms)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.state.device.type, enabled=self.amp, **self.amp_kwargs)
+
+    def _update(self, optimizer: torch.optim.Optimizer, name: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Backward, and a step where an accumulation ends; returns the terms as constants under their full names."""
+        (torch.stack([*terms.values()]).sum() / self.accumulation_steps).backward()
+        iteration = self.state.iteration
+        if iteration % self.accumulation_steps == 0 or iteration == self.state.epoch_length:
+            optimizer.step()
+            optimizer.zero_grad()
+        return {f"{name}/{term}": value.detach() for term, value in terms.items()}
