@@ -182,7 +182,7 @@ class GANTrainer(Trainer):
         """Backward, and a step where an accumulation ends; returns the terms as constants under their full names."""
         (torch.stack([*terms.values()]).sum() / self.accumulation_steps).backward()
         iteration = self.state.iteration
-        if iteration % self.accumulation_steps == 0 or iteration == self.state.epoch_length:
+        if iteration % self.accumulation_steps == 0 or iteration % self.state.epoch_length == 0:
             optimizer.step()
             optimizer.zero_grad()
         return {f"{name}/{term}": value.detach() for term, value in terms.items()}
