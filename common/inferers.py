@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from monai.inferers import Inferer
@@ -27,7 +27,7 @@ class VolumeNoise:
     Args:
         seed: the user's seed.
         case: what names the volume.
-        shape: rows and columns of a slice.
+        shape: of a slice's noise.
         depth: number of slices.
         correlation: ρ in [0, 1] between the starting noise of neighbouring slices. Along the volume it is a first-order
             autoregressive process, z_k = ρ z_{k-1} + √(1-ρ²) ε_k: slices n apart correlate by ρⁿ, and every slice
@@ -37,7 +37,7 @@ class VolumeNoise:
     def __init__(self, seed: int, case: str, shape: Sequence[int], depth: int, correlation: float = 0.0) -> None:
         if not 0 <= correlation <= 1:
             raise ValueError(f"noise_correlation is {correlation}: choose a value from 0 (independent) to 1 (shared)")
-        self.shape = (1, *shape)
+        self.shape = tuple(shape)
         self.generators = [torch.Generator().manual_seed(_derived_seed(seed, case, k)) for k in range(depth)]
         self.start = torch.stack([self._draw(k) for k in range(depth)])
         for k in range(1, depth if correlation else 0):
@@ -54,7 +54,7 @@ class VolumeNoise:
 
 
 class SliceNoise:
-    """Noise of a batch of slices: `start` to begin with, and fresh noise at every call, both (B, 1, H, W)."""
+    """Noise of a batch of B slices: `start` to begin with, and fresh noise at every call, both (B, *shape)."""
 
     def __init__(self, start: Tensor, draw: Callable[[], Tensor]) -> None:
         self.start = start
@@ -93,6 +93,10 @@ class DiffusionSampler:
         except TypeError as error:
             raise ValueError(f"{self.sampler.__name__} has no such option ({error}): mend sampler_options") from error
 
+    def noise_shape(self, network: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
+        """What noise a slice of these rows and columns takes: as much as it has pixels."""
+        return (1, *size)
+
     @property
     def settings(self) -> dict:
         """What a report says about how a slice was made."""
@@ -109,6 +113,23 @@ class DiffusionSampler:
         return (x.float() + 1) / 2
 
 
+class GeneratorPass:
+    """A GAN's generator as a generator of slices: one call of the network makes them."""
+
+    steps = 1
+    settings: ClassVar[dict] = {}
+
+    def noise_shape(self, network: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
+        """What noise a slice of these rows and columns takes: the network knows."""
+        return network.noise_shape(*size)
+
+    def __call__(self, network: nn.Module, image: Tensor, noise: SliceNoise, callback: Callable[[], None]) -> Tensor:
+        """Label maps (B, 1, H, W) to CT slices (B, 1, H, W) in [0, 1]."""
+        fake = network(image, noise.start)
+        callback()
+        return (fake.float() + 1) / 2
+
+
 class VolumeInferer(Inferer):
     """Turn a label volume on the network grid into a CT volume, in batches of axial slices.
 
@@ -116,8 +137,8 @@ class VolumeInferer(Inferer):
     seed give the same CT, whatever the file is called, up to the rounding of another batch size or device.
 
     Args:
-        generate: what makes the slices: `generate(network, image, noise, callback)`; has `steps`, the calls of the
-            network, and `settings`, a dict for the report.
+        generate: what makes the slices, `generate(network, image, noise, callback)`: a `DiffusionSampler` or a
+            `GeneratorPass`.
         batch_size: slices at a time.
         seed: of the noise.
         noise_correlation: between the starting noise of neighbouring slices, see `VolumeNoise`.
@@ -127,7 +148,7 @@ class VolumeInferer(Inferer):
 
     def __init__(
         self,
-        generate: Callable[[nn.Module, Tensor, SliceNoise, Callable[[], None]], Tensor],
+        generate: DiffusionSampler | GeneratorPass,
         batch_size: int = 16,
         seed: int = 0,
         noise_correlation: float = 0.0,
@@ -165,7 +186,8 @@ class VolumeInferer(Inferer):
         labels = convert_to_tensor(inputs, track_meta=False)[0].movedim(-1, 0).to(torch.uint8)  # (D, 1, H, W)
         occupied = (labels != BACKGROUND).flatten(1).any(dim=1).nonzero().flatten().tolist()
         case = hashlib.sha256(labels.cpu().contiguous().numpy().tobytes()).hexdigest()
-        noise = VolumeNoise(self.seed, case, labels.shape[2:], len(labels), self.noise_correlation)
+        shape = self.generate.noise_shape(network, labels.shape[2:])
+        noise = VolumeNoise(self.seed, case, shape, len(labels), self.noise_correlation)
 
         batches = [occupied[i : i + self.batch_size] for i in range(0, len(occupied), self.batch_size)]
         pred = torch.zeros_like(inputs, dtype=torch.float32)
