@@ -12,6 +12,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
 from .diffusion import GaussianDiffusion, NoisySample
+from .transforms import NO_CONDITION
 
 
 def prepare_slices(
@@ -30,10 +31,18 @@ class PrepareNoisyBatch(PrepareBatch):
 
     Args:
         diffusion: the process that adds the noise.
+        condition_dropout: probability that a slice's whole label map becomes `NO_CONDITION`. A network fine-tuned with
+            0.2 (SDM, Wang et al. 2022, arXiv 2207.00050) learns what classifier-free guidance asks of it.
+
+    Raises:
+        ValueError: `condition_dropout` is not in [0, 1).
     """
 
-    def __init__(self, diffusion: GaussianDiffusion) -> None:
+    def __init__(self, diffusion: GaussianDiffusion, condition_dropout: float = 0.0) -> None:
+        if not 0 <= condition_dropout < 1:
+            raise ValueError(f"condition_dropout is {condition_dropout}: choose 0 (never) or a probability below 1")
         self.diffusion = diffusion
+        self.condition_dropout = condition_dropout
 
     def __call__(
         self,
@@ -47,6 +56,9 @@ class PrepareNoisyBatch(PrepareBatch):
         t = torch.randint(len(self.diffusion), (len(x_0),), device=x_0.device)
         noise = torch.randn_like(x_0)
         x_t = self.diffusion.add_noise(x_0, noise, t)
+        if self.condition_dropout:
+            dropped = torch.rand(len(image), device=image.device) < self.condition_dropout
+            image = image.masked_fill(dropped.view(-1, 1, 1, 1), NO_CONDITION)
         return x_t, NoisySample(x_0, noise, t, x_t), (t, image), {}
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .diffusion import GaussianDiffusion
 from .labels import BACKGROUND
 from .samplers import SAMPLERS
+from .transforms import NO_CONDITION
 
 
 class VolumeNoise:
@@ -72,17 +73,28 @@ class DiffusionSampler:
         sampler: "ddpm", "ddim" or "dpmpp_2m" (see `samplers`).
         steps: calls of the network.
         options: further options of the sampler, `{"eta": 1.0}` of ddim or `{"spacing": "time"}` of dpmpp_2m.
+        guidance_scale: s of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). Above 1 the network, which
+            has to be trained with `condition_dropout`, is also asked without a label map, in the same call on twice as
+            many slices, and ε = ε₀ + s·(ε_c − ε₀); v is that of the label map. 1 is no guidance.
     """
 
     def __init__(
-        self, diffusion: GaussianDiffusion, sampler: str = "dpmpp_2m", steps: int = 20, options: dict | None = None
+        self,
+        diffusion: GaussianDiffusion,
+        sampler: str = "dpmpp_2m",
+        steps: int = 20,
+        options: dict | None = None,
+        guidance_scale: float = 1.0,
     ) -> None:
         if sampler not in SAMPLERS:
             raise ValueError(f"no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if not 1 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale is {guidance_scale}: choose 1 (no guidance) or more, such as 1.5")
         self.diffusion = diffusion
         self.sampler = SAMPLERS[sampler]
         self.steps = steps
         self.options = options or {}
+        self.guidance_scale = guidance_scale
         self._rehearse()
 
     def _rehearse(self) -> None:
@@ -100,14 +112,24 @@ class DiffusionSampler:
     @property
     def settings(self) -> dict:
         """What a report says about how a slice was made."""
-        return {"sampler": self.sampler.__name__, "sampling_steps": self.steps, "sampler_options": self.options}
+        return {
+            "sampler": self.sampler.__name__,
+            "sampling_steps": self.steps,
+            "sampler_options": self.options,
+            "guidance_scale": self.guidance_scale,
+        }
 
     def __call__(self, network: nn.Module, image: Tensor, noise: SliceNoise, callback: Callable[[], None]) -> Tensor:
         """Label maps (B, 1, H, W) to CT slices (B, 1, H, W) in [0, 1]; `callback` is called after each step."""
-        condition = network.encode(image)
+        guided = self.guidance_scale > 1
+        condition = network.encode(torch.cat([image, torch.full_like(image, NO_CONDITION)]) if guided else image)
 
         def model(x: Tensor, t: Tensor) -> Tensor:
-            return network(x, t, condition=condition)
+            if not guided:
+                return network(x, t, condition=condition)
+            given, null = network(x.repeat(2, 1, 1, 1), t.repeat(2), condition=condition).float().chunk(2)
+            (noise, v), null_noise = given.chunk(2, dim=1), null[:, :1]
+            return torch.cat([null_noise + self.guidance_scale * (noise - null_noise), v], dim=1)
 
         x = self.sampler(model, noise.start, self.diffusion, self.steps, noise, callback=callback, **self.options)
         return (x.float() + 1) / 2

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.networks import one_hot as monai_one_hot
 from monai.transforms import EnsureChannelFirst, LoadImage, MapTransform
 
 from .labels import BACKGROUND, NUM_CLASSES
@@ -19,6 +18,9 @@ HU_WINDOW = (-160.0, 240.0)
 """Level 40, width 400 (§4 of the paper): what of a CT the networks see, in HU."""
 
 AIR_HU = -1000
+
+NO_CONDITION = 255
+"""The id that fills a label map to say nothing: the unconditional half of classifier-free guidance."""
 
 
 def window(hu: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -35,13 +37,17 @@ def to_hu(x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 
 
 def one_hot(label_map: torch.Tensor) -> torch.Tensor:
-    """Label map (B, 1, H, W), ids 0...16, as one channel per class: (B, 17, H, W) float32."""
-    return monai_one_hot(label_map, NUM_CLASSES)
+    """Label map (B, 1, H, W), ids 0...16, as one channel per class: (B, 17, H, W) float32; other ids give zeros."""
+    ids = torch.arange(NUM_CLASSES, dtype=label_map.dtype, device=label_map.device)
+    return (label_map == ids.view(-1, 1, 1)).float()
 
 
 def scalar_map(label_map: torch.Tensor) -> torch.Tensor:
-    """Label map (B, 1, H, W) as one channel with the ids 0...16 spread over [-1, 1]: the paper's literal reading."""
-    return label_map.float() * (2 / (NUM_CLASSES - 1)) - 1
+    """Label map (B, 1, H, W) as one channel with the ids 0...16 spread over [-1, 1]: the paper's literal reading.
+
+    `NO_CONDITION` becomes 0, the middle (which is also class 8).
+    """
+    return (label_map.float() * (2 / (NUM_CLASSES - 1)) - 1).masked_fill(label_map == NO_CONDITION, 0)
 
 
 def edge_map(label_map: torch.Tensor) -> torch.Tensor:

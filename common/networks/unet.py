@@ -24,13 +24,64 @@ from ..labels import NUM_CLASSES
 from ..transforms import edge_map, one_hot, scalar_map
 
 
-class DenoisingUNet(DiffusionModelUNet):
-    """What the denoisers share: MONAI's U-Net in the paper's size, and how a condition comes in.
+class Denoiser(nn.Module):
+    """What the denoisers share: how a condition comes in.
 
     A denoiser turns x_t, in [-1, 1] plus noise, and t into two channels: the noise ε, and v, which interpolates the
     log-variance. The condition depends on the label map alone: a sampler calls `encode` once and hands the result to
     every step. Training gives the label map itself, so that the encoder works inside `forward`, where
     DistributedDataParallel sees it.
+
+    Attributes:
+        block_out_channels: width of each level; the resolution halves from one to the next.
+    """
+
+    block_out_channels: Sequence[int]
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor | tuple:
+        """Turn a label map (B, 1, H, W) of ids 0...16 into the condition that `forward` takes."""
+        raise NotImplementedError
+
+    def encode_for_one_step(self, image: torch.Tensor) -> torch.Tensor | tuple:
+        """`encode`, for a condition that isn't used again."""
+        return self.encode(image)
+
+    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, condition) -> torch.Tensor:
+        """Predict from x_t and what `encode` returned."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        image: torch.Tensor | None = None,
+        condition: torch.Tensor | tuple | None = None,
+    ) -> torch.Tensor:
+        """Predict noise and variance.
+
+        Args:
+            x: x_t (B, 1, H, W), network space.
+            timesteps: t of each sample (B,), in steps of the original process (0...999).
+            image: label map (B, 1, H, W), ids 0...16.
+            condition: what `encode` returned for the label map, instead of `image`.
+
+        Returns:
+            (B, 2, H, W): ε, v.
+
+        Raises:
+            ValueError: not exactly one of `image` and `condition`, or a size that can't be halved at every level.
+        """
+        if (image is None) == (condition is None):
+            raise ValueError("give either image (the label map) or condition (what encode returned for it)")
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if x.shape[2] % factor or x.shape[3] % factor:
+            size = "x".join(map(str, x.shape[2:]))
+            raise ValueError(f"slices of {size} can't be halved at every level; use multiples of {factor}")
+        return self.denoise(x, timesteps, self.encode_for_one_step(image) if condition is None else condition)
+
+
+class DenoisingUNet(Denoiser, DiffusionModelUNet):
+    """MONAI's U-Net in the paper's size, as a denoiser.
 
     Args:
         in_channels: channels of x_t and of what is concatenated to it.
@@ -64,43 +115,6 @@ class DenoisingUNet(DiffusionModelUNet):
             norm_eps=norm_eps,
         )
         close_residual_branches(self)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Turn a label map (B, 1, H, W) of ids 0...16 into the condition that `forward` takes."""
-        raise NotImplementedError
-
-    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, condition) -> torch.Tensor:
-        """Predict from x_t and what `encode` returned."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        image: torch.Tensor | None = None,
-        condition: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
-    ) -> torch.Tensor:
-        """Predict noise and variance.
-
-        Args:
-            x: x_t (B, 1, H, W), network space.
-            timesteps: t of each sample (B,), in steps of the original process (0...999).
-            image: label map (B, 1, H, W), ids 0...16.
-            condition: what `encode` returned for the label map, instead of `image`.
-
-        Returns:
-            (B, 2, H, W): ε, v.
-
-        Raises:
-            ValueError: not exactly one of `image` and `condition`, or a size that can't be halved at every level.
-        """
-        if (image is None) == (condition is None):
-            raise ValueError("give either image (the label map) or condition (what encode returned for it)")
-        factor = 2 ** (len(self.block_out_channels) - 1)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            size = "x".join(map(str, x.shape[2:]))
-            raise ValueError(f"slices of {size} can't be halved at every level; use multiples of {factor}")
-        return self.denoise(x, timesteps, self.encode(image) if condition is None else condition)
 
 
 class ConditionalUNet(DenoisingUNet):
