@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from monai.engines import PrepareBatch, Trainer
 from monai.engines.workflow import Workflow
+from monai.inferers import Inferer, SimpleInferer
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
@@ -95,6 +96,7 @@ class GANTrainer(Trainer):
         objective: the two losses.
         order: "generator" and "discriminator", the one to step first first.
         prepare_batch: makes label maps and slices of a batch.
+        inferer: how the generator is called.
         train_handlers: handlers to attach.
         amp: run the networks in lower precision.
         amp_kwargs: for `torch.autocast`. There is no gradient scaler: bfloat16, which needs none, is the type to use.
@@ -120,6 +122,7 @@ class GANTrainer(Trainer):
         objective: Objective,
         order: Sequence[str] = ("generator", "discriminator"),
         prepare_batch: Callable = prepare_slices,
+        inferer: Inferer | None = None,
         train_handlers: Sequence | None = None,
         amp: bool = False,
         amp_kwargs: dict | None = None,
@@ -145,6 +148,7 @@ class GANTrainer(Trainer):
         self.optimizer = optimizer
         self.discriminator_optimizer = discriminator_optimizer
         self.objective = objective
+        self.inferer = inferer or SimpleInferer()
         self.generator_first = order[0] == "generator"
         self.accumulation_steps = accumulation_steps
         if compile:
@@ -172,7 +176,7 @@ class GANTrainer(Trainer):
 
     def _generate(self, image: Tensor) -> Tensor:
         with self._precision():
-            return self.network(image)
+            return self.inferer(image, self.network)
 
     def _step_generator(self, image: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         # It only passes gradients on: its own aren't needed, nor to be averaged over processes.
