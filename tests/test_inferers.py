@@ -9,7 +9,11 @@ from monai.data import MetaTensor
 from torch import nn
 
 from common.diffusion import GaussianDiffusion
-from common.inferers import DiffusionSampler, VolumeInferer, VolumeNoise
+from common.inferers import DiffusionSampler, SliceNoise, VolumeInferer, VolumeNoise
+from common.networks.sdm import SDMUNet
+from common.networks.unet import ConditionalUNet, GuidedUNet
+from common.samplers import SAMPLERS
+from common.transforms import NO_CONDITION
 
 STD = 0.1
 MEANS = torch.zeros(17).index_put((torch.tensor([1, 6, 16]),), torch.tensor([0.2, -0.5, 0.4]))
@@ -187,16 +191,123 @@ def test_an_unknown_sampler_is_refused_with_the_known_ones():
 
 
 def test_settings_tell_how_the_volume_was_made():
-    generate = DiffusionSampler(DIFFUSION, "ddim", 25, {"eta": 1.0})
+    generate = DiffusionSampler(DIFFUSION, "ddim", 25, {"eta": 1.0}, guidance_scale=1.5)
     assert VolumeInferer(generate, seed=4, noise_correlation=0.5).settings == {
         "sampler": "ddim",
         "sampling_steps": 25,
         "sampler_options": {"eta": 1.0},
-        "guidance_scale": 1.0,
+        "guidance_scale": 1.5,
         "seed": 4,
         "noise_correlation": 0.5,
         "precision": "float32",
     }
+
+
+# ---------------------------------------------------------------------------------------------------- the guidance
+
+
+class Known(nn.Module):
+    """A denoiser whose answers with and without a label map are known, v among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[torch.Tensor] = []
+        self.sizes: list[int] = []
+
+    def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.encoded.append(image)
+        return (image == NO_CONDITION).float(), image / 16.0
+
+    def answer(self, x, t, is_null, condition):
+        time = t.view(-1, 1, 1, 1) / 1000
+        noise = torch.where(is_null > 0, 0.3 * x, x - 0.5 * condition + time)
+        return torch.cat([noise, torch.where(is_null > 0, -0.8, 0.4 * torch.sin(condition + time))], dim=1)
+
+    def forward(self, x, timesteps, image=None, condition=None):
+        self.sizes.append(len(x))
+        return self.answer(x, timesteps, *condition)
+
+
+def guided_slices(network, image, scale, sampler="ddpm", steps=6):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(image.shape, generator=generator)
+
+    generate = DiffusionSampler(DIFFUSION, sampler, steps, guidance_scale=scale)
+    with torch.no_grad():
+        return generate(network, image, SliceNoise(draw(), draw), lambda: None)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("scale", [1.5, 4.0])
+def test_guidance_is_its_formula_and_the_variance_is_that_of_the_label_map(sampler, scale):
+    network, image = Known(), label_volume(depth=3)[0].movedim(-1, 0)
+
+    def by_hand(x, t):
+        given = network.answer(x, t, torch.zeros(image.shape), image / 16.0)
+        null = network.answer(x, t, torch.ones(image.shape), image / 16.0)
+        noise = (1 - scale) * null[:, :1] + scale * given[:, :1]
+        return torch.cat([noise, given[:, 1:]], dim=1)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(image.shape, generator=generator)
+
+    expected = (SAMPLERS[sampler](by_hand, draw(), DIFFUSION, 6, draw) + 1) / 2
+    torch.testing.assert_close(guided_slices(network, image, scale, sampler), expected, atol=1e-5, rtol=1e-5)
+    assert network.sizes == [6] * 6  # one call a step, with both halves
+    (encoded,) = network.encoded
+    assert torch.equal(encoded[:3], image) and (encoded[3:] == NO_CONDITION).all() and len(encoded) == 6
+
+
+def test_a_scale_of_one_asks_for_the_label_map_alone():
+    network, image = Known(), label_volume(depth=3)[0].movedim(-1, 0)
+    guided_slices(network, image, 1.0)
+    assert network.sizes == [3] * 6 and torch.equal(network.encoded[0], image)
+
+
+TINY = {
+    "channels": (8, 16),
+    "attention_levels": (False, True),
+    "num_head_channels": 8,
+    "num_res_blocks": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ConditionalUNet(**TINY),
+        lambda: ConditionalUNet("scalar", **TINY),
+        lambda: GuidedUNet("mask", **TINY),
+        lambda: GuidedUNet("edge", **TINY),
+        lambda: SDMUNet(edges=True, **TINY),
+        lambda: SDMUNet(cache_modulation=False, **TINY),
+    ],
+)
+def test_every_denoiser_can_be_guided(build):
+    torch.manual_seed(0)
+    network, image = build(), label_volume(depth=2)[0].movedim(-1, 0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    start, t = torch.randn(image.shape), torch.tensor([3, 871])
+    generate = DiffusionSampler(DIFFUSION, guidance_scale=3.0)
+    generate.sampler = lambda model, x, *args, **options: model(x, t)
+    with torch.no_grad():
+        output = generate(network, image, SliceNoise(start, lambda: start), lambda: None) * 2 - 1
+        given, null = network(start, t, image), network(start, t, torch.full_like(image, NO_CONDITION))
+    torch.testing.assert_close(output[:, :1], 3 * given[:, :1] - 2 * null[:, :1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output[:, 1:], given[:, 1:], atol=1e-4, rtol=1e-4)
+    assert ((given - null).abs().amax(dim=(0, 2, 3)) > 0.1).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.99, -1.5, float("nan"), float("inf")])
+def test_an_impossible_guidance_is_refused(scale):
+    with pytest.raises(ValueError, match=r"guidance_scale is .*: choose 1 \(no guidance\) or more"):
+        DiffusionSampler(DIFFUSION, guidance_scale=scale)
 
 
 # ------------------------------------------------------------------------------------------------------- the noise

@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
 from common.transforms import (
+    NO_CONDITION,
     CheckLabelMapd,
     CheckSameGeometryd,
     LabelMapError,
@@ -56,6 +57,23 @@ def test_one_hot_has_its_one_at_the_id():
     for b, i, j in np.ndindex(2, 5, 6):
         expected[b, int(labels[b, 0, i, j]), i, j] = 1
     assert torch.equal(one_hot(labels), expected)
+    for dtype in (torch.int16, torch.int64, torch.float32):
+        assert torch.equal(one_hot(labels.to(dtype)), expected)
+    assert one_hot(labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("other", [17, NO_CONDITION])
+def test_ids_of_no_class_have_no_channel(other):
+    labels = torch.tensor([[[[0, other], [other, 16]]]], dtype=torch.uint8)
+    expected = torch.zeros(1, 17, 2, 2)
+    expected[0, 0, 0, 0] = expected[0, 16, 1, 1] = 1
+    assert torch.equal(one_hot(labels), expected)
+
+
+def test_no_condition_says_nothing_in_any_form():
+    labels = torch.full((2, 1, 5, 6), NO_CONDITION, dtype=torch.uint8)
+    for form in (one_hot, scalar_map, edge_map):
+        assert not form(labels).any()
 
 
 def test_scalar_map_spreads_the_ids_over_the_network_space():
