@@ -21,15 +21,24 @@ from common.phantom import write_dataset
 PROJECT = Path(__file__).absolute().parents[1]
 BUNDLES = sorted(path.parents[1] for path in PROJECT.glob("bundles/*/configs/metadata.json"))
 
-TINY = {
-    "device": "$torch.device('cpu')",
-    "image_size": 32,
+DENOISER = {
     "network_def#channels": [8, 16],
     "network_def#num_res_blocks": 1,
     "network_def#attention_levels": [False, True],
     "network_def#num_head_channels": 16,
     "network_def#norm_num_groups": 4,
 }
+GENERATORS = {
+    "abdominal_ct_spade": {"network_def#channels": [4, 8, 8]},
+    "abdominal_ct_oasis": {"network_def#channels": [4, 8, 8]},
+    "abdominal_ct_pix2pix": {"network_def#channels": [4, 8, 8, 8]},
+}
+DISCRIMINATORS = {
+    "abdominal_ct_spade": {"discriminator_def#channels": 4},
+    "abdominal_ct_oasis": {"discriminator_def#channels": [4, 8, 8]},
+    "abdominal_ct_pix2pix": {"discriminator_def#channels": 4},
+}
+TINY = {"device": "$torch.device('cpu')", "image_size": 32}
 TINY_TRAINING = TINY | {
     "batch_size": 4,
     "iterations": 4,
@@ -44,15 +53,15 @@ TINY_INFERENCE = TINY | {"sampling_steps": 3}
 
 
 @pytest.fixture(scope="session")
-def tiny_training() -> dict:
-    """Overrides that make a training of any bundle a matter of a second: 4 iterations of 4 slices of 32x32."""
-    return dict(TINY_TRAINING)
+def tiny_training() -> Callable[[Path], dict]:
+    """Overrides that make a training of a bundle a matter of a second: 4 iterations of 4 slices of 32x32."""
+    return lambda bundle: TINY_TRAINING | GENERATORS.get(bundle.name, DENOISER) | DISCRIMINATORS.get(bundle.name, {})
 
 
 @pytest.fixture(scope="session")
-def tiny_inference() -> dict:
+def tiny_inference() -> Callable[[Path], dict]:
     """Overrides for inference with what `tiny_training` trains."""
-    return dict(TINY_INFERENCE)
+    return lambda bundle: TINY_INFERENCE | GENERATORS.get(bundle.name, DENOISER)
 
 
 @pytest.fixture(scope="session", params=BUNDLES, ids=lambda path: path.name)
@@ -132,7 +141,7 @@ def trained(bundle, amos, run_bundle, tiny_training, tmp_path_factory) -> Path:
         bundle,
         "train",
         run_id="training",
-        **tiny_training,
+        **tiny_training(bundle),
         dataset_dir=amos,
         output_dir=folder,
     )

@@ -28,8 +28,8 @@ def mask_guided(bundles) -> Path:
 def weights(mask_guided, run_bundle, amos, tiny_training, tmp_path_factory) -> Path:
     """Weights of the mask-guided bundle."""
     folder = tmp_path_factory.mktemp("weights")
-    options = tiny_training | {"dataset_dir": amos, "cache_dir": amos / "cache", "output_dir": folder, "iterations": 1}
-    run_bundle(mask_guided, "train", **options)
+    options = tiny_training(mask_guided) | {"dataset_dir": amos, "cache_dir": amos / "cache", "iterations": 1}
+    run_bundle(mask_guided, "train", output_dir=folder, **options)
     return folder / "model.pt"
 
 
@@ -38,7 +38,7 @@ def infer(mask_guided, run_bundle, weights, tiny_inference, tmp_path):
     """`infer(masks, *overlays, **overrides)` into `tmp_path / "output"`."""
 
     def run(dataset_dir: Path, *overlays: str, **overrides) -> None:
-        options = tiny_inference | {"checkpoint": weights, "output_dir": tmp_path / "output"} | overrides
+        options = tiny_inference(mask_guided) | {"checkpoint": weights, "output_dir": tmp_path / "output"} | overrides
         run_bundle(mask_guided, "inference", *overlays, dataset_dir=dataset_dir, **options)
 
     return run
@@ -49,8 +49,8 @@ def train(mask_guided, run_bundle, tiny_training, tmp_path):
     """`train(data set, **overrides)` into `tmp_path / "output"` and `tmp_path / "cache"`."""
 
     def run(dataset_dir: Path, **overrides) -> None:
-        options = tiny_training | {"cache_dir": tmp_path / "cache", "output_dir": tmp_path / "output"} | overrides
-        run_bundle(mask_guided, "train", dataset_dir=dataset_dir, **options)
+        options = {"dataset_dir": dataset_dir, "cache_dir": tmp_path / "cache", "output_dir": tmp_path / "output"}
+        run_bundle(mask_guided, "train", **tiny_training(mask_guided) | options | overrides)
 
     return run
 
@@ -172,8 +172,9 @@ def test_missing_weights(infer, tmp_path, error_line):
 
 @pytest.mark.usefixtures("untouched")
 def test_weights_of_another_bundle(infer, bundles, run_bundle, amos, tiny_training, tmp_path, error_line):
-    options = tiny_training | {"iterations": 1, "dataset_dir": amos, "cache_dir": amos / "cache"}
-    run_bundle(bundles["abdominal_ct_conditional_ddpm"], "train", output_dir=tmp_path / "other", **options)
+    other = bundles["abdominal_ct_conditional_ddpm"]
+    options = tiny_training(other) | {"iterations": 1, "dataset_dir": amos, "cache_dir": amos / "cache"}
+    run_bundle(other, "train", output_dir=tmp_path / "other", **options)
     with error_line() as lines:
         infer(save(tmp_path / "masks", label_map()), checkpoint=tmp_path / "other" / "model.pt")
     assert re.search(r"model\.pt holds weights of abdominal_ct_conditional_ddpm that don't fit.*--checkpoint", lines[0])

@@ -25,7 +25,20 @@ from common.networks.unet import ConditionalUNet
 from common.phantom import phantom
 from common.transforms import window
 
-OVERLAYS = ("evaluate.yaml", "multi_gpu_train.yaml", "small.yaml", "logging.conf")
+OVERLAYS = ("evaluate.yaml", "multi_gpu_train.yaml", "logging.conf")
+NAMES = {
+    *(f"abdominal_ct_{kind}_ddpm" for kind in ("conditional", "mask_guided", "edge_guided")),
+    *(f"abdominal_ct_{kind}" for kind in ("sdm", "spade", "oasis", "pix2pix")),
+}
+GANS = {"abdominal_ct_spade", "abdominal_ct_oasis", "abdominal_ct_pix2pix"}
+LONGEST = {"train": 90, "inference": 60}
+EVERYWHERE = {"dataset_dir", "output_dir", "checkpoint", "device", "image_size", "batch_size", "amp", "seed"}
+KNOBS = {
+    "train": EVERYWHERE
+    | {"cache_dir", "iterations", "learning_rate", "accumulation_steps", "compile", "num_workers", "resume"}
+    | {"log_interval", "picture_interval", "save_interval"},
+    "inference": EVERYWHERE | {"noise_correlation", "missing_body", "air_outside_body"},
+}
 COMMON = Path(__file__).absolute().parents[1] / "common"
 
 
@@ -84,7 +97,7 @@ def infer(bundle, trained, run_bundle, tiny_inference, tmp_path):
         nonlocal runs
         runs += 1
         output = tmp_path / f"run{runs}"
-        options = tiny_inference | {"checkpoint": trained / "model.pt", "dataset_dir": dataset_dir} | overrides
+        options = tiny_inference(bundle) | {"checkpoint": trained / "model.pt", "dataset_dir": dataset_dir} | overrides
         run_bundle(bundle, "inference", *overlays, output_dir=output, **options)
         return output
 
@@ -95,8 +108,13 @@ def config(bundle: Path, name: str) -> dict:
     return yaml.safe_load((bundle / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def test_there_are_bundles(bundles):
-    assert {f"abdominal_ct_{kind}_ddpm" for kind in ("conditional", "mask_guided", "edge_guided")} <= bundles.keys()
+def test_there_are_seven_bundles(bundles):
+    assert set(bundles) == NAMES
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_configs_are_short(bundle, name):
+    assert len((bundle / "configs" / f"{name}.yaml").read_text().splitlines()) <= LONGEST[name]
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
@@ -104,9 +122,9 @@ def test_properties_are_complete(
     bundle, kind, workflow, on_path, amos, trained, masks, tiny_training, tiny_inference, tmp_path
 ):
     if kind == "train":
-        options = tiny_training | {"dataset_dir": amos, "cache_dir": amos / "cache"}
+        options = tiny_training(bundle) | {"dataset_dir": amos, "cache_dir": amos / "cache"}
     else:
-        options = tiny_inference | {"dataset_dir": masks, "checkpoint": trained / "model.pt"}
+        options = tiny_inference(bundle) | {"dataset_dir": masks, "checkpoint": trained / "model.pt"}
     with on_path(bundle):
         made = workflow(bundle, kind, output_dir=tmp_path, **options)
         assert made.check_properties() == []
@@ -120,7 +138,8 @@ def test_metadata_is_json(bundle):
 
 def test_what_bundles_share_is_linked_to_one_place(bundle):
     assert (bundle / "scripts").resolve() == COMMON
-    for name in OVERLAYS:
+    # The networks of a GAN have sizes of their own, the denoisers share theirs.
+    for name in OVERLAYS if bundle.name in GANS else (*OVERLAYS, "small.yaml"):
         assert (bundle / "configs" / name).resolve() == COMMON / "configs" / name
     for link in (path for path in (bundle, bundle / "configs") for path in path.iterdir() if path.is_symlink()):
         assert not os.path.isabs(os.readlink(link)), f"{link} breaks in a clone"
@@ -129,12 +148,30 @@ def test_what_bundles_share_is_linked_to_one_place(bundle):
 def test_all_bundles_read_and_write_the_same(bundle, bundles):
     first = next(iter(bundles.values()))
     for name, sections in (
-        ("inference", ("cases", "dataset", "dataloader", "preprocessing", "postprocessing")),
-        ("train", ("bundle_root", "dataset_dir", "cache_dir", "output_dir")),
+        (
+            "inference",
+            ("cases", "dataset", "dataloader", "preprocessing", "postprocessing", "inferer", "handlers", "evaluator"),
+        ),
+        ("train", ("bundle_root", "dataset_dir", "cache_dir", "output_dir", "network", "initialize", "run")),
     ):
         ours, theirs = config(bundle, name), config(first, name)
         assert {s: ours[s] for s in sections} == {s: theirs[s] for s in sections}
-    assert config(bundle, "train")["train"]["dataset"] == config(first, "train")["train"]["dataset"]
+    ours, theirs = (config(path, "train")["train"] for path in (bundle, first))
+    for section in ("cases", "volumes", "dataset", "sampler", "dataloader", "inferer"):
+        assert ours[section] == theirs[section]
+    assert ours["handlers"][-2] == theirs["handlers"][-2]  # the monitor
+
+
+def test_all_bundles_say_the_same_of_what_they_read_and_write(bundle, bundles):
+    first = next(iter(bundles.values()))
+    ours, theirs = (json.loads((path / "configs" / "metadata.json").read_text()) for path in (bundle, first))
+    sections = ("network_data_format", "image_classes", "label_classes", "pred_classes", "required_packages_version")
+    assert {s: ours[s] for s in sections} == {s: theirs[s] for s in sections}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_what_a_user_sets_has_the_same_name_in_every_bundle(bundle, name):
+    assert KNOBS[name] <= config(bundle, name).keys()
 
 
 @pytest.mark.parametrize("name", ["train", "inference"])
@@ -149,15 +186,16 @@ def test_ddpm_bundles_differ_in_their_network_alone(bundles, name):
 
 def test_training_leaves_weights_and_a_checkpoint(bundle, trained, tiny_training):
     content = torch.load(trained / "model.pt", weights_only=True)
-    facts = {"bundle": bundle.name, "image_size": tiny_training["image_size"], "iteration": tiny_training["iterations"]}
+    options = tiny_training(bundle)
+    facts = {"bundle": bundle.name, "image_size": options["image_size"], "iteration": options["iterations"]}
     assert facts.items() <= content["facts"].items()
-    assert torch.load(trained / "checkpoint.pt", weights_only=True)["iteration"] == tiny_training["iterations"]
+    assert torch.load(trained / "checkpoint.pt", weights_only=True)["iteration"] == options["iterations"]
     assert len(list((trained / "tensorboard").iterdir())) == 1
     assert {path.name for path in trained.iterdir()} == {"model.pt", "checkpoint.pt", "tensorboard"}
 
 
 def test_run_and_training_are_the_same(bundle, trained, run_bundle, amos, tiny_training, tmp_path):
-    options = tiny_training | {"dataset_dir": amos, "cache_dir": amos / "cache", "output_dir": tmp_path}
+    options = tiny_training(bundle) | {"dataset_dir": amos, "cache_dir": amos / "cache", "output_dir": tmp_path}
     run_bundle(bundle, "train", run_id="run", **options)
     first, second = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (trained, tmp_path))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -249,16 +287,16 @@ def test_evaluation_measures_what_it_wrote(amos, infer):
 
 def test_public_weights_warm_start_the_conditional_bundle(bundles, run_bundle, amos, tiny_training, tmp_path):
     """An RGB checkpoint in improved-diffusion's layout goes in by --checkpoint; at a learning rate of 0 it stays."""
-    sizes = {
-        name.removeprefix("network_def#"): value for name, value in tiny_training.items() if name.startswith("network_")
-    }
+    conditional = bundles["abdominal_ct_conditional_ddpm"]
+    options = tiny_training(conditional) | {"iterations": 1, "learning_rate": 0.0}
+    sizes = {name.removeprefix("network_def#"): value for name, value in options.items() if name.startswith("network_")}
     head_channels = sizes.pop("num_head_channels")
     public = randomised(ImprovedDiffusionUNet(3, 6, **sizes, heads=sizes["channels"][-1] // head_channels)).state_dict()
     torch.save(public, tmp_path / "public.pt")
     run_bundle(
-        bundles["abdominal_ct_conditional_ddpm"],
+        conditional,
         "train",
-        **tiny_training | {"iterations": 1, "learning_rate": 0.0},
+        **options,
         dataset_dir=amos,
         cache_dir=amos / "cache",
         output_dir=tmp_path / "out",
@@ -278,8 +316,12 @@ def test_a_dereferenced_copy_stands_alone(bundles, amos, single, tiny_training, 
 
     tell = "$print('scripts from', __import__('scripts').__file__, 'common' in __import__('sys').modules)"
     runs = (
-        ("train", "training", tiny_training | {"iterations": 2, "dataset_dir": amos, "cache_dir": tmp_path / "cache"}),
-        ("inference", "inference", tiny_inference | {"dataset_dir": single}),
+        (
+            "train",
+            "training",
+            tiny_training(original) | {"iterations": 2, "dataset_dir": amos, "cache_dir": tmp_path / "cache"},
+        ),
+        ("inference", "inference", tiny_inference(original) | {"dataset_dir": single}),
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for name, run_id, options in runs:
