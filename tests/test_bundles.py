@@ -216,20 +216,21 @@ def test_inference_keeps_the_geometry_of_any_label_map(masks, infer):
             assert ct.header[f"{form}_code"] == label.header[f"{form}_code"]
             np.testing.assert_array_equal(getattr(ct, f"get_{form}")(), getattr(label, f"get_{form}")())
         hu = np.asanyarray(ct.dataobj)
-        assert hu.min() >= -160 and hu.max() <= 240 and hu.std() > 10
+        assert hu.min() >= -160 and hu.max() <= 240 and hu.std() > 5
 
     # The order of the axes is no part of the anatomy: both files hold the same patient, and so do both CTs.
     lpi, sar = (nib.load(output / f"{case}_ct.nii.gz") for case in ("LPI", "SAR"))
     np.testing.assert_array_equal(np.asanyarray(reoriented(sar, "LPI").dataobj), np.asanyarray(lpi.dataobj))
 
 
-def test_same_seed_same_file_and_the_batch_size_is_no_matter(single, infer):
+def test_same_seed_same_file_and_the_batch_size_is_no_matter(bundle, single, infer):
     first, again, one_by_one, other = (
         infer(single, **options) / "LPI_ct.nii.gz" for options in ({}, {}, {"batch_size": 1}, {"seed": 1})
     )
     assert first.read_bytes() == again.read_bytes()
     assert np.abs(voxels(first).astype(int) - voxels(one_by_one)).max() <= 1
-    assert np.abs(voxels(first).astype(int) - voxels(other)).max() > 10
+    difference = np.abs(voxels(first).astype(int) - voxels(other)).max()
+    assert difference == 0 if bundle.name == "abdominal_ct_spade" else difference > 10  # SPADE has no noise
 
 
 def test_air_outside_the_body(single, infer):
