@@ -68,6 +68,7 @@ class Checkpoints:
         # without DDP's wrapper
         self.state = {name: getattr(part, "module", part) for name, part in state.items()}
         self.weights = getattr(weights, "module", weights)
+        self.networks = [self.weights, *(part for part in self.state.values() if isinstance(part, nn.Module))]
         self.stream = stream
         self.batch_size = batch_size
         self.output_dir = Path(output_dir)
@@ -156,7 +157,8 @@ class Checkpoints:
 
     def _check(self, engine: Engine) -> None:
         # A step can spoil the weights after the last loss was still finite: they are looked at as well.
-        if not (math.isfinite(self._losses) and all(value.isfinite().all() for value in self.weights.parameters())):
+        weights = torch.stack([value.isfinite().all() for part in self.networks for value in part.parameters()])
+        if not (math.isfinite(self._losses) and weights.all()):
             last = self.output_dir / "checkpoint.pt"
             remedy = f"resume from {last} with a lower learning_rate" if last.is_file() else "lower learning_rate"
             raise FloatingPointError(f"loss or weights are not finite at iteration {engine.state.iteration}: {remedy}")

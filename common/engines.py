@@ -101,12 +101,13 @@ class GANTrainer(Trainer):
         amp: run the networks in lower precision.
         amp_kwargs: for `torch.autocast`. There is no gradient scaler: bfloat16, which needs none, is the type to use.
         compile: compile both networks.
-        accumulation_steps: iterations whose gradients make one step.
+        accumulation_steps: iterations whose gradients make one step. Of these the network that steps second meets
+            the other as it was before the step in all but the last.
 
     After an iteration `state.output` has the sum of both losses as `loss`, and every term by its name in `terms`.
 
     Raises:
-        ValueError: another `order`.
+        ValueError: another `order`, or no `accumulation_steps`.
     """
 
     def __init__(
@@ -131,6 +132,8 @@ class GANTrainer(Trainer):
     ) -> None:
         if sorted(order) != ["discriminator", "generator"]:
             raise ValueError(f"order is {order}: name generator and discriminator once each")
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps is {accumulation_steps}: choose 1 (a step each iteration) or more")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -197,8 +200,8 @@ class GANTrainer(Trainer):
     def _update(self, optimizer: torch.optim.Optimizer, name: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Backward, and a step where an accumulation ends; returns the terms as constants under their full names."""
         (torch.stack([*terms.values()]).sum() / self.accumulation_steps).backward()
-        iteration = self.state.iteration
-        if iteration % self.accumulation_steps == 0 or iteration % self.state.epoch_length == 0:
+        iteration = (self.state.iteration - 1) % self.state.epoch_length + 1  # of this epoch
+        if iteration % self.accumulation_steps == 0 or iteration == self.state.epoch_length:
             optimizer.step()
             optimizer.zero_grad()
         return {f"{name}/{term}": value.detach() for term, value in terms.items()}

@@ -157,7 +157,7 @@ class ConstantThenLinear:
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], constant: int, decay: int) -> None:
-        self.groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in optimizers]
         self.constant = constant
         self.decay = decay
 
@@ -170,8 +170,9 @@ class ConstantThenLinear:
         engine.add_event_handler(Events.ITERATION_STARTED, self._set)
 
     def _set(self, engine: Engine) -> None:
-        for group, rate in self.groups:
-            group["lr"] = rate * self.multiplier(engine.state.iteration)
+        for optimizer, rates in self.rates:  # whose groups are others once a state is loaded
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.multiplier(engine.state.iteration)
 
 
 class BatchNormStatistics:
