@@ -330,17 +330,16 @@ class ProbedSquares(Squares):
 
 
 @ORDERS
-@pytest.mark.parametrize("amp", [False, True])
-def test_networks_and_losses_run_in_the_precision_asked_for(order, amp):
+@pytest.mark.parametrize("amp, dtype", [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16)])
+def test_networks_and_losses_run_in_the_precision_asked_for(order, amp, dtype):
     torch.manual_seed(0)
     data = [{"image": item["image"], "ct": item["ct"].float()} for item in batches(2)]
     generator, discriminator = Probe(), Probe()
     before = [value.clone() for network in (generator, discriminator) for value in network.parameters()]
-    trainer = gan(
-        data, order, generator, discriminator, objective=ProbedSquares(), amp=amp, amp_kwargs={"dtype": torch.bfloat16}
-    )
+    options = {"objective": ProbedSquares(), "amp": amp, "amp_kwargs": {"dtype": dtype}}
+    trainer = gan(data, order, generator, discriminator, **options)
     trainer.run()
-    expected = {(torch.bfloat16, True)} if amp else {(torch.float32, False)}
+    expected = {(dtype, True)} if amp else {(torch.float32, False)}
     assert generator.forwards == discriminator.forwards == trainer.objective.seen == expected
     assert generator.backwards == discriminator.backwards == {False}
     assert trainer.scaler is None  # bfloat16 has float32's range
