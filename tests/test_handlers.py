@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from functools import partial
@@ -13,11 +14,13 @@ import pytest
 import torch
 from ignite.engine import Engine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import DenoiserRun, Slices, TinyDenoiser
+from tiny_run import BATCH, DenoiserRun, GANRun, Slices, TinyDenoiser, TinyGenerator, equal
+from torch import nn
 
+from common.bundle import load_checkpoint
 from common.diffusion import GaussianDiffusion
-from common.handlers import SampleGrid, TrainingMonitor
-from common.inferers import DiffusionSampler, VolumeInferer
+from common.handlers import BatchNormStatistics, ConstantThenLinear, SampleGrid, TrainingMonitor
+from common.inferers import DiffusionSampler, GeneratorPass, VolumeInferer
 from common.labels import CLASSES
 
 # ------------------------------------------------------------------------------------------------- TrainingMonitor
@@ -42,6 +45,27 @@ def test_tensorboard_holds_the_mean_loss_of_each_interval(tmp_path):
     assert scalars(tmp_path, "learning_rate") == pytest.approx({4: 2e-4, 8: 2e-4})
     assert all(value > 0 for value in scalars(tmp_path, "images_per_second").values())
     assert all(0.05 < value < 64 for value in scalars(tmp_path, "memory_gib").values())
+
+
+def test_tensorboard_holds_the_mean_of_each_term_of_the_loss(tmp_path):
+    def step(engine, _):
+        i = torch.tensor(float(engine.state.iteration))
+        return {"loss": 3 * i, "terms": {"generator/l1": 2 * i, "discriminator/fake": i}}
+
+    engine = Engine(step)
+    engine.optimizer = SimpleNamespace(param_groups=[{"lr": 2e-4}])
+    TrainingMonitor(tmp_path, batch_size=8, interval=4).attach(engine)
+    engine.run(range(8), max_epochs=1)
+    assert scalars(tmp_path, "loss") == {4: 7.5, 8: 19.5}
+    assert scalars(tmp_path, "generator/l1") == {4: 5.0, 8: 13.0}
+    assert scalars(tmp_path, "discriminator/fake") == {4: 2.5, 8: 6.5}
+
+
+def test_tensorboard_holds_the_terms_of_a_gan(tmp_path):
+    run = GANRun(tmp_path, 2, monitor={"interval": 1})()
+    names = ("generator/adversarial", "generator/l1", "discriminator/fake", "discriminator/real")
+    terms = [scalars(tmp_path / "tensorboard", name) for name in names]
+    assert {i: sum(term[i] for term in terms) for i in (1, 2)} == pytest.approx(run.losses, rel=1e-6)
 
 
 def test_the_status_line_says_what_tensorboard_says(tmp_path, caplog):
@@ -144,3 +168,151 @@ def test_pictures_in_between_change_nothing_of_the_training(tmp_path):
     plain = DenoiserRun(tmp_path / "plain", 4)()
     pictured = DenoiserRun(tmp_path / "pictured", 4, monitor={"picture": sample_grid(), "picture_interval": 2})()
     assert plain.losses == pictured.losses
+
+
+def test_a_generator_in_training_makes_its_picture_as_in_inference_and_trains_on():
+    torch.manual_seed(0)
+    network = TinyGenerator()
+    for _ in range(20):  # BatchNorm's statistics become those of some data
+        network(torch.randint(1, 17, (4, 1, 8, 8)))
+    before = copy.deepcopy(network.state_dict())
+    in_inference = copy.deepcopy(network).eval()
+    assert network.training and network.norm.training and network.dropout.training
+    inferer = partial(VolumeInferer, generate=GeneratorPass())
+    state = torch.get_rng_state()
+    picture = SampleGrid(Slices(), network, inferer, count=3, seeds=(0, 1))()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(picture, SampleGrid(Slices(), in_inference, inferer, count=3, seeds=(0, 1))())
+    assert not torch.equal(picture[:, :, 8:16], picture[:, :, 16:24])
+    assert all(module.training for module in network.modules()) and equal(network.state_dict(), before)
+
+
+def test_pictures_in_between_change_nothing_of_a_gans_training(tmp_path):
+    plain = GANRun(tmp_path / "plain", 4)()
+    pictured = GANRun(tmp_path / "pictured", 4)
+    grid = SampleGrid(Slices(), pictured.network, partial(VolumeInferer, generate=GeneratorPass()))
+    TrainingMonitor(tmp_path / "tensorboard", BATCH, picture=grid, picture_interval=1).attach(pictured.trainer)
+    assert pictured().losses == plain.losses
+    assert equal(pictured.network.state_dict(), plain.network.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------- ConstantThenLinear
+
+
+def optimizer(*rates: float) -> torch.optim.SGD:
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
+
+
+@pytest.mark.parametrize("constant, decay", [(3, 4), (0, 5), (4, 0)])
+def test_each_iteration_has_pix2pixs_share_of_its_rate(constant, decay):
+    one, two = optimizer(1e-3), optimizer(4e-3, 2e-2)
+    seen = []
+    engine = Engine(lambda *_: seen.append([group["lr"] for o in (one, two) for group in o.param_groups]))
+    ConstantThenLinear([one, two], constant, decay).attach(engine)
+    engine.run(range(constant + decay), max_epochs=1)
+    # e, pix2pix's counter, is zero-based
+    expected = [1 - max(0, e + 1 - constant) / (decay + 1) for e in range(constant + decay)]
+    np.testing.assert_allclose(seen, np.outer(expected, [1e-3, 4e-3, 2e-2]), rtol=1e-12)
+    assert seen[:constant] == [[1e-3, 4e-3, 2e-2]] * constant and min(map(min, seen)) > 0
+
+
+def test_rates_decay_from_where_a_loaded_optimiser_has_got_to():
+    loaded = optimizer(1e-3, 2e-3)
+    engine = Engine(lambda *_: None)
+    ConstantThenLinear([loaded], constant=2, decay=4).attach(engine)
+    loaded.load_state_dict(optimizer(5.0, 5.0).state_dict())  # gives it other groups
+    engine.run(range(5), max_epochs=1)
+    assert [group["lr"] for group in loaded.param_groups] == pytest.approx([0.4e-3, 0.8e-3])
+
+
+# --------------------------------------------------------------------------------------------- BatchNormStatistics
+
+
+class Watched(nn.Module):
+    """Normalises what is known of a label map, and remembers it: values, and values with noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.noisy = nn.BatchNorm2d(2, momentum=0.1), nn.BatchNorm2d(2, momentum=0.3)
+        self.images: list[torch.Tensor] = []
+        self.inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, image):
+        x = torch.cat([image / 16, (image / 16) ** 2], dim=1)
+        noisy = x + torch.randn(x.shape)
+        self.images.append(image)
+        self.inputs.append((x, noisy))
+        self.output = self.plain(x) + self.noisy(noisy)
+        return self.output
+
+
+def assert_statistics_are_those_of(norm: nn.BatchNorm2d, inputs: list[torch.Tensor]) -> None:
+    batches = [x.movedim(1, 0).flatten(1).double().numpy() for x in inputs]  # (channels, values) each
+    np.testing.assert_allclose(norm.running_mean, np.mean([x.mean(1) for x in batches], axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.running_var, np.mean([x.var(1, ddof=1) for x in batches], axis=0), rtol=1e-5)
+
+
+def items_of(images: list[torch.Tensor]) -> list[list[int]]:
+    """Which of the data set's items each batch is made of."""
+    known = [Slices()[i]["image"] for i in range(7)]
+    return [[next(i for i in range(7) if torch.equal(known[i], slice_)) for slice_ in batch] for batch in images]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches", "sizes", "items"),
+    [
+        (2, 50, [2, 2, 2], None),  # six of seven: the last batch isn't full
+        (2, 2, [2, 2], [0, 2, 4, 6]),  # spread over the data
+        (7, 50, [7], [0, 1, 2, 3, 4, 5, 6]),
+        (10, 50, [7], [0, 1, 2, 3, 4, 5, 6]),  # there isn't more
+        (1, 50, [1] * 7, [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_statistics_are_the_mean_over_batches(batch_size, batches, sizes, items):
+    network = Watched()
+    network(torch.full((4, 1, 8, 8), 16)), network.images.clear(), network.inputs.clear()  # to be forgotten
+    BatchNormStatistics(network, Slices(), batch_size, batches)()
+    taken = items_of(network.images)
+    assert [len(batch) for batch in taken] == sizes
+    everything = [i for batch in taken for i in batch]
+    assert len(set(everything)) == len(everything) and (items is None or sorted(everything) == items)
+    assert everything != sorted(everything)
+    plain, noisy = zip(*network.inputs, strict=True)
+    assert_statistics_are_those_of(network.plain, plain)
+    assert_statistics_are_those_of(network.noisy, noisy)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_modes_momenta_and_random_states_as_they_were(training):
+    torch.manual_seed(0)
+    network = Watched().train(training)
+    measure = BatchNormStatistics(network, Slices(), 2)
+    state = torch.get_rng_state()
+    measure()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in network.modules()] == [training] * 3
+    assert (network.plain.momentum, network.noisy.momentum) == (0.1, 0.3)
+    assert all(value.grad is None for value in network.parameters())
+    assert not network.output.requires_grad
+    first = copy.deepcopy(network.state_dict())
+    torch.manual_seed(77)  # the same again, whatever the moment
+    measure()
+    assert equal(network.state_dict(), first)
+
+
+def test_a_network_without_batchnorm_is_left_alone():
+    network = TinyDenoiser().eval()
+    before = copy.deepcopy(network.state_dict())
+    BatchNormStatistics(network, Slices(), 2)()
+    assert equal(network.state_dict(), before) and not network.training
+
+
+def test_weights_for_inference_come_with_the_statistics_of_the_ema(tmp_path):
+    run, inputs = GANRun(tmp_path, 4), []
+    run.ema.ema_model.norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    run()  # keeps weights once, at the end
+    assert [len(x) for x in inputs] == [2, 2, 2]
+    kept = TinyGenerator()
+    kept.load_state_dict(load_checkpoint(tmp_path / "model.pt")["model"])
+    assert_statistics_are_those_of(kept.norm, inputs)
+    assert not torch.allclose(kept.norm.running_var, run.network.norm.running_var, rtol=1e-2)
