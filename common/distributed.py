@@ -1,9 +1,15 @@
-"""Networks in a distributed run."""
+"""A run of several processes (torchrun): replicas of a network, shares of the work, and what all have done."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import ignite.distributed as idist
+import torch.distributed
 from torch import nn
+
+Item = TypeVar("Item")
 
 
 def replicate(network: nn.Module) -> nn.Module:
@@ -22,3 +28,12 @@ def replicate(network: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
     )
+
+
+def gather(items: Sequence[Item]) -> list[Item]:
+    """The items of all processes, which must all ask, in the order of their ranks; any plain values."""
+    if idist.get_world_size() == 1:
+        return list(items)
+    shares: list[list[Item]] = [[]] * idist.get_world_size()
+    torch.distributed.all_gather_object(shares, list(items))
+    return [item for share in shares for item in share]

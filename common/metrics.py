@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.metrics import PSNRMetric
 
+from .distributed import gather
 from .files import replacing
 from .labels import BACKGROUND
 
@@ -44,9 +47,10 @@ def _occupied(item: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class MetricTable:
-    """Write a run's metrics as `metrics.csv`, a row a case, and `metrics.md`, with the mean over all slices.
+    """Write a run's metrics: `metrics.json`, all of them; `metrics.csv`, a row a case; `metrics.md`, with the means.
 
-    Takes from the engine every metric that leaves one value a slice in `engine.state.metric_details`.
+    Takes from the engine what it has in `state.metrics`, and every metric that leaves one value a slice in
+    `state.metric_details`: these get a column. Under torchrun the first process writes for all.
 
     Args:
         output_dir: folder to write into.
@@ -56,31 +60,43 @@ class MetricTable:
         self.output_dir = Path(output_dir)
 
     def attach(self, engine: Engine) -> None:
-        """Register with an evaluator."""
+        """Register with an evaluator; must come after the handlers that leave metrics."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _start(self, engine: Engine) -> None:
-        self._cases: list[str] = []
-        self._counts: list[int] = []
+        self._counts: list[tuple[str, int]] = []
 
     def _count(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self._cases.append(item["case"])
-            self._counts.append(int(_occupied(output).sum()))
+            self._counts.append((item["case"], int(_occupied(output).sum())))
 
     def _write(self, engine: Engine) -> None:
-        details = {name: values.flatten() for name, values in engine.state.metric_details.items()}
-        per_case = {name: values.split(self._counts) for name, values in details.items()}
-        header = ["case", "slices", *details]
-        rows = [
-            [case, count, *(f"{per_case[name][i].mean():.4f}" for name in details)]
-            for i, (case, count) in enumerate(zip(self._cases, self._counts, strict=True))
+        counts = gather(self._counts)  # in the order in which MONAI gathers the slices' values
+        if idist.get_rank() > 0:
+            return
+        of_slices = {name: values.flatten() for name, values in engine.state.metric_details.items()}
+        of_cases = {name: values.split([count for _, count in counts]) for name, values in of_slices.items()}
+        cases = [
+            {"case": case, "slices": count, **{name: of_cases[name][i].mean().item() for name in of_cases}}
+            for i, (case, count) in enumerate(counts)
         ]
+        cases.sort(key=lambda case: case["case"])
+        metrics = {name: float(value) for name, value in engine.state.metrics.items()}
+        content = {"metrics": metrics, "cases": cases}
+        with replacing(self.output_dir / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+        header = ["case", "slices", *of_slices]
+        rows = [[case["case"], case["slices"], *(f"{case[name]:.4f}" for name in of_slices)] for case in cases]
         with replacing(self.output_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([header, *rows])
-        rows.append(["**all slices**", sum(self._counts), *(f"{values.mean():.4f}" for values in details.values())])
+        total = sum(case["slices"] for case in cases)
+        rows.append(["**all slices**", total, *(f"{values.mean():.4f}" for values in of_slices.values())])
+        others = [(name, value) for name, value in metrics.items() if name not in of_slices]
         lines = [header, ["---"] * len(header), *rows]
+        text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+        text += "".join(f"\n{name.replace('_', ' ')}: {value:.4g}\n" for name, value in others)
         with replacing(self.output_dir / "metrics.md") as temporary:
-            temporary.write_text("".join(f"| {' | '.join(map(str, line))} |\n" for line in lines), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,73 @@
+"""Results of long computations in files named by what they came from: an evaluation that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from .bundle import load_checkpoint, save_checkpoint
+from .files import sha256
+from .inferers import VolumeInferer
+from .segmenter import Segmenter
+
+
+class KeptVolumes(Inferer):
+    """`VolumeInferer` that samples a volume once: made again of the same label map, weights and settings, it is read.
+
+    Args:
+        inferer: makes the volumes.
+        folder: where they are kept, float32; it can be deleted at any time.
+        checkpoint: the weights' file.
+    """
+
+    def __init__(self, inferer: VolumeInferer, folder: str | os.PathLike, checkpoint: str | os.PathLike) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.folder = Path(folder)
+        self.weights = sha256(checkpoint)
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Label volume (1, 1, H, W, D) of ids to CT (1, 1, H, W, D) float32 in [0, 1]."""
+        origin = {"weights": self.weights, **self.inferer.settings}
+        return _kept(self.folder, [inputs.cpu().numpy()], origin, lambda: self.inferer(inputs, network)).to(inputs)
+
+
+class KeptSegmentations:
+    """A segmenter that segments a CT once.
+
+    Args:
+        segmenter: finds the organs; its `settings` tell it from others.
+        folder: where the segmentations are kept; it can be deleted at any time.
+    """
+
+    def __init__(self, segmenter: Segmenter, folder: str | os.PathLike) -> None:
+        self.segmenter = segmenter
+        self.folder = Path(folder)
+
+    def __call__(self, hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
+        """Segment a CT in HU (X, Y, Z)."""
+        segment = lambda: torch.from_numpy(self.segmenter(hu, affine))  # noqa: E731
+        return _kept(self.folder, [hu, affine], self.segmenter.settings, segment).numpy()
+
+
+def _kept(folder: Path, arrays: list[np.ndarray], origin: dict, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives, from the file that these arrays and plain values name, or into it."""
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    path = folder / f"{digest.hexdigest()[:32]}.pt"
+    if path.is_file():
+        return load_checkpoint(path)["result"]
+    result = compute()
+    save_checkpoint(path, {"result": torch.as_tensor(result).cpu().clone()})
+    return result
