@@ -80,7 +80,10 @@ class Checkpoints:
         self._losses: float | torch.Tensor = 0.0
 
     def attach(self, engine: Engine) -> None:
-        """Register with a trainer; must come after the handler that updates the EMA."""
+        """Register with a trainer; must come between the handler that updates the EMA and those that show it.
+
+        What they show is then what is kept: `refresh` has been called.
+        """
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._watch)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)

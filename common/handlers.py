@@ -178,12 +178,14 @@ class ConstantThenLinear:
 class BatchNormStatistics:
     """Measure the BatchNorm statistics of an EMA: running averages of another network's belong to none of its weights.
 
-    They become the mean over batches of slices spread over the training data. Random states stay as they were.
+    They become the mean over batches of slices spread over the training data. Random states stay as they were. Spectral
+    norm's vectors are brought in line with the weights as well, because that is what it does in a forward in training
+    mode: as averages they are shorter than 1, and the weights come out several times too large.
 
     Args:
         network: a generator, `network(image)`.
         dataset: items with `image`.
-        batch_size: slices of a batch.
+        batch_size: slices of a batch; one that isn't full is left out, unless it is the only one.
         batches: at most so many.
     """
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BATCH, DenoiserRun, GANRun, Slices, TinyDenoiser, TinyGenerator, equal
 from torch import nn
@@ -316,3 +316,22 @@ def test_weights_for_inference_come_with_the_statistics_of_the_ema(tmp_path):
     kept.load_state_dict(load_checkpoint(tmp_path / "model.pt")["model"])
     assert_statistics_are_those_of(kept.norm, inputs)
     assert not torch.allclose(kept.norm.running_var, run.network.norm.running_var, rtol=1e-2)
+
+
+def test_pictures_of_an_ema_show_the_weights_as_they_are_kept(tmp_path):
+    shown = []
+
+    def picture() -> torch.Tensor:
+        shown.append(copy.deepcopy(run.ema.ema_model.state_dict()))
+        return torch.zeros(3, 4, 4)
+
+    run, kept = GANRun(tmp_path, 3, interval=2, monitor={"picture": picture, "picture_interval": 2}), {}
+    run.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2),
+        lambda _: kept.update(load_checkpoint(tmp_path / "model.pt")["model"]),
+    )
+    run()
+    assert len(shown) == 1 and equal(dict(shown[0]), kept)
+    # As averages, spectral norm's vectors would be shorter.
+    for name in ("_u", "_v"):
+        assert kept[f"first.parametrizations.weight.0.{name}"].norm().item() == pytest.approx(1, abs=1e-6)

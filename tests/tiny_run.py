@@ -62,8 +62,6 @@ class Run:
         self.learning_rate = learning_rate
         trainer, handlers, refresh = self._build(**model)
         stream = ShuffledStream(len(self.dataset), seed=5)
-        if monitor is not None:
-            handlers.append(TrainingMonitor(folder / "tensorboard", BATCH, **monitor))
         self.checkpoints = Checkpoints(
             self.state,
             self.ema.ema_model,
@@ -76,12 +74,15 @@ class Run:
             resume=resume,
             refresh=refresh,
         )
+        handlers.append(self.checkpoints)
+        if monitor is not None:
+            handlers.append(TrainingMonitor(folder / "tensorboard", BATCH, **monitor))
         self.trainer = trainer(
             device=torch.device("cpu"),
             max_epochs=1,
             epoch_length=iterations,
             train_data_loader=DataLoader(self.dataset, BATCH, sampler=stream, num_workers=workers),
-            train_handlers=[*handlers, self.checkpoints],
+            train_handlers=handlers,
             accumulation_steps=accumulation_steps,
         )
         self.losses: dict[int, float] = {}
