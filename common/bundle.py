@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from .files import replacing
@@ -56,14 +57,15 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
     weights, facts, expected = content.get("model", content), content.get("facts"), network.state_dict()
     misfits = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
     misfits += [name for name in weights if name not in expected]
-    if misfits and facts is None:
+    if misfits and facts is None and isinstance(network, DiffusionModelUNet):
         try:
             weights = convert(weights, network)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     elif misfits:
+        origin = facts["bundle"] if facts else "another network"
         raise ValueError(
-            f"{path} holds weights of {facts['bundle']} that don't fit: {len(misfits)} tensors differ from this "
+            f"{path} holds weights of {origin} that don't fit: {len(misfits)} tensors differ from this "
             f"network's, such as {misfits[0]}; name this bundle's own with --checkpoint, and add the overlay they were "
             "trained with, if any (configs/small.yaml)"
         )

@@ -37,3 +37,15 @@ def gather(items: Sequence[Item]) -> list[Item]:
     shares: list[list[Item]] = [[]] * idist.get_world_size()
     torch.distributed.all_gather_object(shares, list(items))
     return [item for share in shares for item in share]
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """This process's share of items, every so many-th: each belongs to one process.
+
+    Raises:
+        ValueError: fewer items than processes.
+    """
+    count = idist.get_world_size()
+    if len(items) < count:
+        raise ValueError(f"{count} processes for {len(items)} cases: start at most as many (--nproc_per_node)")
+    return list(items[idist.get_rank() :: count])

@@ -14,7 +14,7 @@ from monai.metrics import PSNRMetric
 
 from .distributed import gather
 from .files import replacing
-from .labels import BACKGROUND
+from .planes import plane_pairs
 
 MAX_PSNR = 100.0
 
@@ -30,20 +30,9 @@ def axial_slices(output: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, t
     """Synthetic and real axial slices with a body, (N, 1, H, W) each: `output_transform` of a metric handler.
 
     Args:
-        output: decollated, with `pred_slices`, `ct_slices` and `mask_slices` on the network grid, (1, H, W, D).
+        output: decollated, see `planes.plane_pairs`.
     """
-    pairs = [torch.stack((_stack(item, "pred_slices"), _stack(item, "ct_slices"))) for item in output]
-    occupied = [_occupied(item) for item in output]
-    pred, ct = torch.cat([pair[:, keep] for pair, keep in zip(pairs, occupied, strict=True)], dim=1)
-    return pred, ct
-
-
-def _stack(item: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    return torch.as_tensor(item[key]).movedim(-1, 0).float().cpu()
-
-
-def _occupied(item: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (_stack(item, "mask_slices") != BACKGROUND).flatten(1).any(dim=1)
+    return plane_pairs(output, ("xy",))[0]
 
 
 class MetricTable:
@@ -70,7 +59,7 @@ class MetricTable:
 
     def _count(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self._counts.append((item["case"], int(_occupied(output).sum())))
+            self._counts.append((item["case"], len(axial_slices([output])[0])))
 
     def _write(self, engine: Engine) -> None:
         counts = gather(self._counts)  # in the order in which MONAI gathers the slices' values

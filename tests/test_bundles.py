@@ -25,7 +25,7 @@ from common.networks.unet import ConditionalUNet
 from common.phantom import phantom
 from common.transforms import window
 
-OVERLAYS = ("evaluate.yaml", "multi_gpu_train.yaml", "logging.conf")
+OVERLAYS = ("evaluate.yaml", "multi_gpu_train.yaml", "multi_gpu_inference.yaml", "logging.conf")
 NAMES = {
     *(f"abdominal_ct_{kind}_ddpm" for kind in ("conditional", "mask_guided", "edge_guided")),
     *(f"abdominal_ct_{kind}" for kind in ("sdm", "spade", "oasis", "pix2pix")),
