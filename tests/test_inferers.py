@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from scipy.stats import kstest
 from torch import nn
 
 from common.diffusion import GaussianDiffusion
-from common.inferers import DiffusionSampler, SliceNoise, VolumeInferer, VolumeNoise
+from common.inferers import DiffusionSampler, GeneratorPass, SliceNoise, VolumeInferer, VolumeNoise
+from common.networks.oasis import OASISGenerator
+from common.networks.pix2pix import Pix2PixGenerator
 from common.networks.sdm import SDMUNet
+from common.networks.spade import SPADEGenerator
 from common.networks.unet import ConditionalUNet, GuidedUNet
 from common.samplers import SAMPLERS
 from common.transforms import NO_CONDITION
@@ -164,6 +168,9 @@ class Generator:
 
     steps, settings = 1, {}
 
+    def noise_shape(self, network, size):
+        return (0,)
+
     def __call__(self, network, image, noise, callback):
         callback()
         return torch.where(image == 1, 5.0, torch.where(image == 6, -5.0, 0.25))
@@ -310,11 +317,108 @@ def test_an_impossible_guidance_is_refused(scale):
         DiffusionSampler(DIFFUSION, guidance_scale=scale)
 
 
+# --------------------------------------------------------------------------------------------- a generator's pass
+
+
+class Shows(nn.Module):
+    """A generator whose slices show what it was given: id / 16 - 0.5, with its noise, `count` a pixel, averaged."""
+
+    def __init__(self, count: int = 1, gain: float = 0.01) -> None:
+        super().__init__()
+        self.count, self.gain = count, gain
+        self.sizes: list[int] = []
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return (self.count, height, width)
+
+    def forward(self, image, noise=None):
+        assert noise.shape == (len(image), self.count, *image.shape[2:])
+        self.sizes.append(len(image))
+        return image / 16 - 0.5 + self.gain * noise.mean(dim=1, keepdim=True)
+
+
+def generated(labels: torch.Tensor, network: nn.Module, **options) -> torch.Tensor:
+    return VolumeInferer(GeneratorPass(), progress=False, **options)(labels, network)
+
+
+def test_slices_of_a_generator_come_from_their_labels_out_of_network_space():
+    labels = label_volume(depth=5)[:, :, :10]  # 10 rows, 16 columns
+    pred = generated(labels, Shows(gain=0.0))
+    expected = torch.where(labels.flatten(0, 3).any(0), (labels / 16 + 0.5) / 2, 0)
+    assert pred.dtype == torch.float32
+    torch.testing.assert_close(pred, expected, rtol=0, atol=1e-6)
+
+
+def test_the_noise_of_a_generators_slice_is_standard_normal_and_its_own():
+    labels = torch.ones(1, 1, 48, 40, 20, dtype=torch.uint8)
+    pred = generated(labels, Shows(count=4), batch_size=6)
+    noise = (pred[0, 0].double() * 2 - 1 - (1 / 16 - 0.5)) / 0.01 * 2  # the mean of four, times two
+    assert kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
+    between = np.corrcoef(noise.flatten(0, 1).T.numpy())
+    assert abs(between - np.eye(20)).max() < 5 / (48 * 40) ** 0.5
+
+
+def test_a_generator_is_called_once_a_batch_and_not_for_air():
+    network = Shows()
+    pred = generated(label_volume(depth=12, empty=(0, 5)), network, batch_size=4)
+    assert network.sizes == [4, 4, 2] and (pred[..., [0, 5]] == 0).all()
+
+
+def test_fully_correlated_noise_gives_all_slices_of_a_generator_the_same():
+    labels = torch.ones(1, 1, 8, 8, 6, dtype=torch.uint8)
+    shared = generated(labels, Shows(), noise_correlation=1.0)
+    assert torch.equal(shared, shared[..., :1].expand_as(shared)) and shared[..., 0].std() > 1e-3
+    neighbours = generated(torch.ones(1, 1, 48, 48, 2, dtype=torch.uint8), Shows(), noise_correlation=0.6)
+    assert abs(np.corrcoef(neighbours[0, 0].flatten(0, 1).T)[0, 1] - 0.6) < 4 * (1 - 0.6**2) / 48
+
+
+def test_settings_of_a_generator_tell_how_the_volume_was_made():
+    inferer = VolumeInferer(GeneratorPass(), seed=4, noise_correlation=0.5, amp=True)
+    assert inferer.settings == {"seed": 4, "noise_correlation": 0.5, "precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("build", "is_noisy"),
+    [
+        (lambda: SPADEGenerator(channels=(4, 8)), False),
+        (lambda: OASISGenerator(channels=(4, 8)), True),
+        (lambda: Pix2PixGenerator(channels=(4, 8, 8)), True),
+        (lambda: Pix2PixGenerator(channels=(4, 8, 8), dropout=False), False),
+    ],
+    ids=["spade", "oasis", "pix2pix", "pix2pix without dropout"],
+)
+def test_every_generator_makes_the_same_volume_whatever_the_batch_size(build, is_noisy):
+    torch.manual_seed(0)
+    network, labels = build(), torch.cat([label_volume(depth=5), torch.ones(1, 1, 16, 16, 2)], dim=-1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    network.train()
+    for _ in range(3):  # spectral norm and BatchNorm's statistics follow the weights
+        network(torch.randint(17, (4, 1, 16, 16)))
+    network.eval()
+    before = torch.get_rng_state()
+    expected = generated(labels, network, batch_size=1)
+    assert expected.std() > 0.01
+    for batch_size in (2, 3, 64):
+        torch.testing.assert_close(generated(labels, network, batch_size=batch_size), expected, rtol=0, atol=2e-4)
+    assert torch.equal(torch.get_rng_state(), before)
+    # Another seed, and the noise of two slices with the same labels, make a difference if there is noise at all.
+    assert torch.allclose(generated(labels, network, seed=1), expected, rtol=0, atol=5e-3) == (not is_noisy)
+    assert torch.allclose(expected[..., -1], expected[..., -2], rtol=0, atol=5e-3) == (not is_noisy)
+
+
+def test_a_generator_in_bfloat16_gives_float32_close_by():
+    torch.manual_seed(0)
+    network, labels = OASISGenerator(channels=(4, 8)).eval(), label_volume(depth=3)
+    full, half = (generated(labels, network, amp=amp) for amp in (False, True))
+    assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.02
+
+
 # ------------------------------------------------------------------------------------------------------- the noise
 
 
 def noise(correlation: float = 0.0, seed: int = 0, case: str = "a", depth: int = 40, side: int = 64) -> VolumeNoise:
-    return VolumeNoise(seed, case, (side, side), depth, correlation)
+    return VolumeNoise(seed, case, (1, side, side), depth, correlation)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3, 0.9])
@@ -395,11 +499,7 @@ def test_impossible_sampling_is_refused_before_any_work(sampler, steps, options,
 
 def test_the_network_works_on_plain_tensors():
     seen = []
-
-    def generate(network, image, noise, callback):
-        seen.append(type(image))
-        return noise.start
-
-    generate.steps = 1
-    VolumeInferer(generate, progress=False)(MetaTensor(torch.ones(1, 1, 4, 4, 2, dtype=torch.uint8)), None)
-    assert seen == [torch.Tensor]
+    network = Shows()
+    network.register_forward_pre_hook(lambda _, given: seen.append([type(value) for value in given]))
+    generated(MetaTensor(torch.ones(1, 1, 4, 4, 2, dtype=torch.uint8)), network)
+    assert seen == [[torch.Tensor, torch.Tensor]]
