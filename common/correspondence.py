@@ -8,9 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 
+from .distributed import gather
 from .files import replacing
 from .labels import CLASSES
 from .segmenter import Segmenter
@@ -55,7 +57,8 @@ class OrganDice:
 
     Reads from the engine's decollated batch `label_map`, the label map on its own grid, and from its output `pred`, the
     CT in HU on that grid. Writes `organ_dice.csv` with a row a case, empty where the label map lacks the organ, and
-    leaves `dice_spleen`, `dice_right_kidney` and so on, and their mean, `dice_mean`, in the engine's metrics.
+    leaves `dice_spleen`, `dice_right_kidney` and so on, and their mean, `dice_mean`, in the engine's metrics. Under
+    torchrun the first process writes, in the end the cases of all.
 
     Args:
         segmenter: finds the organs; see `segmenter.Segmenter`.
@@ -82,19 +85,23 @@ class OrganDice:
             label_map, hu = (np.asarray(v[0].cpu()) for v in (item["label_map"], output["pred"]))
             segmentation = self.segmenter(hu, np.asarray(item["label_map"].affine.cpu()))
             self.cases[item["case"]] = organ_dice(label_map, segmentation, self.organs)
-            self._write()
+            self._write(self.cases)
 
-    def _write(self) -> None:
+    def _write(self, cases: Mapping[str, Mapping[str, float]]) -> None:
+        if idist.get_rank() > 0:
+            return
         names = [CLASSES[i].name for i in self.organs]
         rows = [
             [case, *("" if math.isnan(dice[n]) else f"{dice[n]:.4f}" for n in names)]
-            for case, dice in self.cases.items()
+            for case, dice in sorted(cases.items())
         ]
         with replacing(self.output_dir / "organ_dice.csv") as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([["case", *names], *rows])
 
     def _finish(self, engine: Engine) -> None:
-        means = mean_dice(list(self.cases.values()))
+        cases = dict(gather(list(self.cases.items())))
+        self._write(cases)
+        means = mean_dice(list(cases.values()))
         engine.state.metrics |= {f"dice_{name.replace(' ', '_')}": value for name, value in means.items()}
         if means:
             engine.state.metrics["dice_mean"] = sum(means.values()) / len(means)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from monai.inferers import Inferer
+from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor, nn
 
 from .bundle import load_checkpoint, save_checkpoint
@@ -38,7 +38,8 @@ class KeptVolumes(Inferer):
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Label volume (1, 1, H, W, D) of ids to CT (1, 1, H, W, D) float32 in [0, 1]."""
         origin = {"weights": self.weights, **self.inferer.settings}
-        return _kept(self.folder, [inputs.cpu().numpy()], origin, lambda: self.inferer(inputs, network)).to(inputs)
+        pred = _kept(self.folder, [inputs.cpu().numpy()], origin, lambda: self.inferer(inputs, network))
+        return convert_to_dst_type(pred, inputs, dtype=pred.dtype)[0]
 
 
 class KeptSegmentations:
@@ -55,11 +56,10 @@ class KeptSegmentations:
 
     def __call__(self, hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
         """Segment a CT in HU (X, Y, Z)."""
-        segment = lambda: torch.from_numpy(self.segmenter(hu, affine))  # noqa: E731
-        return _kept(self.folder, [hu, affine], self.segmenter.settings, segment).numpy()
+        return _kept(self.folder, [hu, affine], self.segmenter.settings, lambda: self.segmenter(hu, affine)).numpy()
 
 
-def _kept(folder: Path, arrays: list[np.ndarray], origin: dict, compute: Callable[[], Tensor]) -> Tensor:
+def _kept(folder: Path, arrays: list[np.ndarray], origin: dict, compute: Callable[[], np.ndarray | Tensor]) -> Tensor:
     """What `compute` gives, from the file that these arrays and plain values name, or into it."""
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode())
     for array in arrays:
@@ -68,6 +68,6 @@ def _kept(folder: Path, arrays: list[np.ndarray], origin: dict, compute: Callabl
     path = folder / f"{digest.hexdigest()[:32]}.pt"
     if path.is_file():
         return load_checkpoint(path)["result"]
-    result = compute()
-    save_checkpoint(path, {"result": torch.as_tensor(result).cpu().clone()})
+    result = convert_to_tensor(compute(), track_meta=False).cpu()
+    save_checkpoint(path, {"result": result})
     return result

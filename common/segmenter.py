@@ -1,7 +1,8 @@
 """Segmenters: from a CT to the organs that it shows.
 
 A segmenter is any callable that takes a CT in HU (X, Y, Z) and its affine, 4x4 from voxel to mm, and gives a label map
-of AMOS22's ids on the same grid, 0 where there is no organ: what `Segmenter` says. Two are here.
+of AMOS22's ids on the same grid, 0 where there is no organ: what `Segmenter` says. Its `settings`, plain values, tell
+its answers from another's. Two are here.
 
 TotalSegmentator calls the organs of `labels.ORGANS`, in their order: spleen, kidney_right, kidney_left, gallbladder,
 esophagus, liver, stomach, aorta, inferior_vena_cava, pancreas, adrenal_gland_right, adrenal_gland_left, duodenum,
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import nibabel as nib
 import numpy as np
@@ -23,10 +26,18 @@ import torch
 from monai.bundle import ConfigParser
 
 from .bundle import load_checkpoint
+from .files import sha256
 from .labels import ORGANS
 
-Segmenter = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""`segmenter(hu, affine)`: the label map (X, Y, Z) of a CT."""
+
+class Segmenter(Protocol):
+    """What segments."""
+
+    settings: dict
+
+    def __call__(self, hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
+        """Turn a CT in HU (X, Y, Z) into a label map of its grid."""
+
 
 TOTALSEGMENTATOR_V1 = {c.totalsegmentator_v1: c.id for c in ORGANS if c.totalsegmentator_v1 is not None}
 """AMOS22's ids by those of TotalSegmentator v1's 104 classes, which MONAI's `wholeBody_ct_segmentation` has as well."""
@@ -63,6 +74,11 @@ class TotalSegmentator:
         self.fast = fast
         self.device = torch.device(device)
         self.weights_dir = self.check()
+
+    @property
+    def settings(self) -> dict:
+        """What tells its answers from another segmenter's."""
+        return {"segmenter": "TotalSegmentator", "version": version("TotalSegmentator"), "fast": self.fast}
 
     def check(self) -> Path:
         """Give the folder of the weights, or say what is missing."""
@@ -156,6 +172,8 @@ class BundleSegmenter:
         transforms = parser["postprocessing"]["transforms"]
         parser["postprocessing"]["transforms"] = [t for t in transforms if not t["_target_"].endswith("SaveImaged")]
         self.class_map = class_map
+        classes = {str(theirs): ours for theirs, ours in class_map.items()}
+        self.settings = {"segmenter": bundle_dir.name, "weights": sha256(weights), "class_map": classes}
         self.preprocessing, self.inferer, self.postprocessing, network = (
             parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "postprocessing", "network_def")
         )
