@@ -78,6 +78,7 @@ class Checkpoints:
         self.resume = resume
         self.refresh = refresh
         self._losses: float | torch.Tensor = 0.0
+        self._refreshed = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer; must come between the handler that updates the EMA and those that show it.
@@ -128,7 +129,7 @@ class Checkpoints:
             ) from error
         if engine.scaler is not None and "scaler" in content:
             engine.scaler.load_state_dict(content["scaler"])
-        engine.state.iteration = content["iteration"]
+        engine.state.iteration = self._refreshed = content["iteration"]
         self.stream.start = content["iteration"] * self.batch_size
         if len(content["random"]) == idist.get_world_size():
             random_state = content["random"][idist.get_rank()]
@@ -155,8 +156,10 @@ class Checkpoints:
 
     def _prepare(self, engine: Engine) -> None:
         self._check(engine)
-        if self.refresh is not None:
+        # Once an iteration: what is kept at a mark, or at the end, is then the same as in the checkpoint beside it.
+        if self.refresh is not None and self._refreshed != engine.state.iteration:
             self.refresh()
+            self._refreshed = engine.state.iteration
 
     def _check(self, engine: Engine) -> None:
         # A step can spoil the weights after the last loss was still finite: they are looked at as well.

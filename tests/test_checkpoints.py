@@ -49,10 +49,11 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(tmp_path):
     assert equal(whole.network.state_dict(), rest.network.state_dict())
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    DenoiserRun(tmp_path, 4, interval=2)()
+@pytest.mark.parametrize("kind", [DenoiserRun, GANRun])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, kind):
+    kind(tmp_path, 4, interval=2)()
     before = load_checkpoint(tmp_path / "checkpoint.pt")
-    again = DenoiserRun(tmp_path, 4, resume=tmp_path / "checkpoint.pt", interval=2)()
+    again = kind(tmp_path, 4, resume=tmp_path / "checkpoint.pt", interval=2)()
     assert again.losses == {}
     assert equal(load_checkpoint(tmp_path / "checkpoint.pt"), before)
 
@@ -173,7 +174,7 @@ def test_resuming_from_a_damaged_file_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("order", [("generator", "discriminator"), ("discriminator", "generator")])
 @pytest.mark.parametrize("accumulation_steps, constant", [(1, 2), (2, 6)])
 def test_a_resumed_gan_is_the_gan_that_never_stopped(tmp_path, order, accumulation_steps, constant):
-    options = {"order": order, "accumulation_steps": accumulation_steps, "constant": constant, "interval": 4}
+    options = {"order": order, "accumulation_steps": accumulation_steps, "constant": constant, "interval": 4, "marks": (4,)}
     whole = GANRun(tmp_path / "whole", 11, **options)()
     killed = GANRun(tmp_path / "parts", 11, **options).killed_at(7)
     rest = GANRun(tmp_path / "parts", 11, resume=tmp_path / "parts" / "checkpoint.pt", **options)()
@@ -190,6 +191,14 @@ def test_a_resumed_gan_is_the_gan_that_never_stopped(tmp_path, order, accumulati
     for buffers in ("norm.running_var", "first.parametrizations.weight.0._u"):
         of = [dict(part.named_buffers())[buffers] for part in (fresh.network, whole.network, whole.ema.ema_model)]
         assert not any(torch.equal(*pair) for pair in itertools.combinations(of, 2)), buffers
+
+
+def test_a_finished_gan_goes_on_as_one_that_never_stopped(tmp_path):
+    whole = GANRun(tmp_path / "whole", 8, interval=4)()
+    GANRun(tmp_path / "parts", 4, interval=4)()  # measures its statistics at iteration 4 as the other does
+    rest = GANRun(tmp_path / "parts", 8, resume=tmp_path / "parts" / "checkpoint.pt", interval=4)()
+    for name, part in whole.state.items():
+        assert equal(part.state_dict(), rest.state[name].state_dict()), name
 
 
 class SpoiltObjective(LeastSquares):
@@ -229,7 +238,7 @@ def test_either_network_of_a_gan_that_explodes_ends_it(tmp_path, order, whose, w
 
 
 def test_weights_are_refreshed_before_they_are_kept(tmp_path):
-    run, calls = GANRun(tmp_path, 5, interval=4, marks=(2,)), []
+    run, calls = GANRun(tmp_path, 6, interval=3, marks=(2, 3)), []
     measure = run.checkpoints.refresh
 
     def refresh() -> None:
@@ -240,8 +249,8 @@ def test_weights_are_refreshed_before_they_are_kept(tmp_path):
 
     run.checkpoints.refresh = refresh
     run()
-    assert [iteration for iteration, _ in calls] == [2, 4, 5]
-    for name, (_, mean) in (("model_2.pt", calls[0]), ("model.pt", calls[-1])):
+    assert [iteration for iteration, _ in calls] == [2, 3, 6]  # once where several files are written
+    for name, (_, mean) in (("model_2.pt", calls[0]), ("model_3.pt", calls[1]), ("model.pt", calls[2])):
         assert torch.equal(load_checkpoint(tmp_path / name)["model"]["norm.running_mean"], mean)
     assert torch.equal(load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["norm.running_mean"], calls[-1][1])
 

@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TinyGenerator, equal
+from torch import nn
+
+from common.distributed import replicate
 
 ITERATIONS = 3
 
@@ -43,8 +48,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(amos, tiny_training) -> dict:
-    return tiny_training | {
+def options(amos, bundles, tiny_training) -> dict:
+    return tiny_training(bundles["abdominal_ct_mask_guided_ddpm"]) | {
         "dataset_dir": str(amos),
         "cache_dir": str(amos / "cache"),
         "iterations": ITERATIONS,
@@ -136,3 +141,180 @@ def test_two_processes_resume_what_they_began(pair, together, whole):
     resumed = together("resumed_pair", iterations=ITERATIONS + 2, resume=str(pair / "rank0" / "checkpoint.pt"))
     assert {path.name for path in resumed.iterdir()} == {"rank0"}
     assert largest_difference(whole, checkpoint(resumed / "rank0")["network"]) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ GANs
+
+PLAIN_GENERATOR = """
+import torch
+from scripts.transforms import one_hot
+from torch import nn
+
+
+class PlainGenerator(nn.Sequential):
+    \"""Without noise and BatchNorm: what it makes of a slice depends on no other slice and no other process.\"""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(17, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1), nn.Tanh())
+
+    def noise_shape(self, height, width):
+        return (0,)
+
+    def forward(self, image, noise=None):
+        return super().forward(one_hot(image))
+"""
+
+TRAIN_SEVERAL = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import bundle_on_path
+from monai.bundle import ConfigWorkflow
+from test_distributed import in_a_process
+
+dist.init_process_group("gloo")
+folder, rank = Path(sys.argv[1]), dist.get_rank()
+torch.save(in_a_process(rank), folder / f"replica{rank}.pt")
+for name, arguments in json.loads((folder / "runs.json").read_text()).items():
+    config_file = arguments.pop("config_file")
+    # The process group is here already, and is needed further.
+    arguments |= {"initialize": ["$torch.manual_seed(@seed + dist.get_rank())"], "finalize": []}
+    arguments["output_dir"] = str(folder / name / f"rank{rank}")
+    with bundle_on_path(Path(config_file[0]).parents[1]):
+        workflow = ConfigWorkflow(config_file, workflow_type="train", logging_file=False, run_id="run", **arguments)
+        workflow.initialize()
+        workflow.run()
+        networks = [workflow.parser.get_parsed_content(part).module for part in ("network", "discriminator")]
+    torch.save([network.state_dict() for network in networks], folder / name / f"networks{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def slices_of(rank: int) -> torch.Tensor:
+    return torch.randint(1, 17, (2, 3, 1, 8, 8), generator=torch.Generator().manual_seed(rank))
+
+
+def backward_of_two_forwards(network: nn.Module, rank: int) -> dict:
+    """What is left when a loss came from two calls of a network."""
+    first, second = (network(image, torch.ones(image.shape)) for image in slices_of(rank))
+    (first.square().mean() + (second - 1).square().mean()).backward()
+    network = getattr(network, "module", network)
+    return {
+        "gradients": {name: value.grad for name, value in network.named_parameters()},
+        "buffers": {name: value.clone() for name, value in network.named_buffers()},
+    }
+
+
+def in_a_process(rank: int) -> dict:
+    """What a replica of a network is and does, for those who read what this process saves."""
+    torch.manual_seed(rank)  # each process begins with weights of its own
+    network = TinyGenerator()
+    network.dropout.p = 0.0
+    replica = replicate(network)
+    start = deepcopy(replica.module.state_dict())
+    return {"start": dict(start)} | backward_of_two_forwards(replica, rank)
+
+
+@pytest.fixture(scope="module")
+def gans(bundles, amos, tiny_training, folder):
+    """`gans(name)`: configs and overrides of a run of a GAN, of those that `processes` trains."""
+    (folder / "plain_generator.py").write_text(PLAIN_GENERATOR)
+
+    def run(name: str) -> tuple[Path, dict]:
+        kind = name.split("_")[0]
+        bundle = bundles[f"abdominal_ct_{kind}"]
+        options = tiny_training(bundle) | {"dataset_dir": str(amos), "cache_dir": str(amos / "cache")}
+        if kind == "pix2pix":
+            options |= {
+                "network_def": {"_target_": "plain_generator.PlainGenerator"},
+                "discriminator_def#norm": "INSTANCE",
+                "discriminator_def#activation": "ELU",  # smooth: no kink for rounding to fall on either side of
+                "train#trainer#order": name.split("_")[1:],
+                "learning_rate": 1e-3,
+            }
+        return bundle, options
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def processes(gans, folder) -> Path:
+    """Folder in which two processes have trained GANs, one after the other."""
+    runs = {}
+    for name, overrides in {
+        "oasis_whole": {},
+        "oasis_half": {"iterations": 2},
+        "oasis_rest": {"resume": str(folder / "oasis_half" / "rank0" / "checkpoint.pt")},
+        "pix2pix_discriminator_generator": {},
+        "pix2pix_generator_discriminator": {},
+    }.items():
+        bundle, options = gans(name)
+        configs = [str(bundle / "configs" / f"{config}.yaml") for config in ("train", "multi_gpu_train")]
+        runs[name] = options | overrides | {"config_file": configs}
+    (folder / "runs.json").write_text(json.dumps(runs))
+    (folder / "train_several.py").write_text(TRAIN_SEVERAL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    tests = Path(__file__).absolute().parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, tests, tests.parent)))}
+    command = [*torchrun, str(folder / "train_several.py"), str(folder)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_process_alone_has_no_replicas():
+    network = nn.Linear(1, 1)
+    assert replicate(network) is network
+
+
+def test_replicas_begin_as_the_first_and_average_the_gradients_of_two_forwards(processes):
+    replicas = [torch.load(processes / f"replica{rank}.pt") for rank in (0, 1)]
+    torch.manual_seed(0)
+    first = TinyGenerator()
+    first.dropout.p = 0.0
+    for replica in replicas:
+        assert equal(replica["start"], dict(first.state_dict()))
+    alone = [backward_of_two_forwards(deepcopy(first), rank) for rank in (0, 1)]
+    for name in dict(first.named_parameters()):
+        mean = (alone[0]["gradients"][name] + alone[1]["gradients"][name]) / 2
+        for replica in replicas:
+            torch.testing.assert_close(replica["gradients"][name], mean, rtol=1e-5, atol=1e-7)
+    # Each has BatchNorm's statistics of its own slices.
+    for rank, replica in enumerate(replicas):
+        for name, value in replica["buffers"].items():
+            torch.testing.assert_close(value, alone[rank]["buffers"][name], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(*(replica["buffers"]["norm.running_mean"] for replica in replicas), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pix2pix_discriminator_generator", "pix2pix_generator_discriminator"])
+def test_two_processes_take_the_steps_of_a_gan_with_twice_the_batch(processes, gans, run_bundle, name):
+    bundle, options = gans(name)
+    folder = processes / name / "alone"
+    twice = options | {"batch_size": 2 * options["batch_size"], "output_dir": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(processes)
+        run_bundle(bundle, "train", **twice)
+        run_bundle(bundle, "train", **(options | {"output_dir": folder / "half"}))
+    one, two, half = checkpoint(folder), checkpoint(processes / name / "rank0"), checkpoint(folder / "half")
+    for part in ("network", "discriminator"):
+        assert largest_difference(one[part], two[part]) < 1e-6
+        # Half of the batch would have made something else of it.
+        assert largest_difference(one[part], half[part]) > 1e-5
+
+
+def test_two_processes_resume_the_gan_they_began(processes):
+    for name in ("checkpoint.pt", "model.pt"):
+        whole, rest = (torch.load(processes / f"oasis_{run}" / "rank0" / name) for run in ("whole", "rest"))
+        assert equal(whole, rest), name
+    assert len(checkpoint(processes / "oasis_rest" / "rank0")["random"]) == 2
+
+
+@pytest.mark.parametrize("name", ["oasis_whole", "oasis_rest", "pix2pix_generator_discriminator"])
+def test_both_networks_of_a_gan_are_the_same_in_all_processes(processes, name):
+    first, second = (torch.load(processes / name / f"networks{rank}.pt") for rank in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        # On CPUs each has BatchNorm's statistics of its own slices.
+        assert equal(*({name: value for name, value in state.items() if "running" not in name} for state in (a, b)))
