@@ -34,10 +34,10 @@ GENERATORS = {
     "abdominal_ct_pix2pix": {"network_def#channels": [4, 8, 8, 8]},
 }
 DISCRIMINATORS = {
-    "abdominal_ct_spade": {"discriminator_def#channels": 4},
-    "abdominal_ct_oasis": {"discriminator_def#channels": [4, 8, 8]},
+    "abdominal_ct_spade": {"discriminator_channels": 4},
+    "abdominal_ct_oasis": {"discriminator_channels": [4, 8, 8]},
     # Pix2Pix begins with weights so small that its dropout is hardly seen.
-    "abdominal_ct_pix2pix": {"discriminator_def#channels": 4, "learning_rate": 0.03},
+    "abdominal_ct_pix2pix": {"discriminator_channels": 4, "learning_rate": 0.03},
 }
 TINY = {"device": "$torch.device('cpu')", "image_size": 32}
 TINY_TRAINING = TINY | {

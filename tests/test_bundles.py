@@ -169,6 +169,16 @@ def test_all_bundles_say_the_same_of_what_they_read_and_write(bundle, bundles):
     assert {s: ours[s] for s in sections} == {s: theirs[s] for s in sections}
 
 
+def test_the_small_overlay_fits_training_and_inference(bundle, workflow, on_path):
+    with on_path(bundle):
+        small, as_small = (
+            workflow(bundle, name, "small").parser.get_parsed_content("network_def").state_dict()
+            for name in ("train", "inference")
+        )
+    assert {name: value.shape for name, value in small.items()} == {k: v.shape for k, v in as_small.items()}
+    assert sum(value.numel() for value in small.values()) < 12e6
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_what_a_user_sets_has_the_same_name_in_every_bundle(bundle, name):
     assert KNOBS[name] <= config(bundle, name).keys()
@@ -204,7 +214,7 @@ def test_run_and_training_are_the_same(bundle, trained, run_bundle, amos, tiny_t
 def test_inference_keeps_the_geometry_of_any_label_map(masks, infer):
     output = infer(masks, run_id="inference")
     assert {path.name for path in output.iterdir()} == {
-        "report.json",
+        *("report.json", "report.html"),
         *(f"{case}_{what}" for case in ("LPI", "SAR") for what in ("ct.nii.gz", "preview.png")),
     }
     for case in ("LPI", "SAR"):

@@ -32,10 +32,10 @@ DENOISER = {
     "ema_momentum": 0.03,
 }
 GANS = {
-    "abdominal_ct_spade": {"network_def#channels": [16, 32, 32], "discriminator_def#channels": 16},
+    "abdominal_ct_spade": {"network_def#channels": [16, 32, 32], "discriminator_channels": 16},
     "abdominal_ct_oasis": {
         "network_def#channels": [16, 32, 32],
-        "discriminator_def#channels": [16, 32, 32],
+        "discriminator_channels": [16, 32, 32],
         "learning_rate": 1e-3,
         "discriminator_learning_rate": 1e-3,
         "iterations": 600,  # it is told nothing but what a segmenter thinks of its slices
@@ -43,7 +43,7 @@ GANS = {
     },
     "abdominal_ct_pix2pix": {
         "network_def#channels": [16, 32, 32, 32],
-        "discriminator_def#channels": 16,
+        "discriminator_channels": 16,
         "learning_rate": 2e-3,
     },
 }
