@@ -21,7 +21,7 @@ from .segmenter import Segmenter
 
 
 class KeptVolumes(Inferer):
-    """`VolumeInferer` that samples a volume once: made again of the same label map, weights and settings, it is read.
+    """`VolumeInferer` that samples a volume once: made again of the same label map, network and settings, it is read.
 
     Args:
         inferer: makes the volumes.
@@ -37,7 +37,7 @@ class KeptVolumes(Inferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Label volume (1, 1, H, W, D) of ids to CT (1, 1, H, W, D) float32 in [0, 1]."""
-        origin = {"weights": self.weights, **self.inferer.settings}
+        origin = {"weights": self.weights, "network": _options(network), **self.inferer.settings}
         pred = _kept(self.folder, [inputs.cpu().numpy()], origin, lambda: self.inferer(inputs, network))
         return convert_to_dst_type(pred, inputs, dtype=pred.dtype)[0]
 
@@ -57,6 +57,17 @@ class KeptSegmentations:
     def __call__(self, hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
         """Segment a CT in HU (X, Y, Z)."""
         return _kept(self.folder, [hu, affine], self.segmenter.settings, lambda: self.segmenter(hu, affine)).numpy()
+
+
+def _options(network: nn.Module) -> list[str]:
+    """What networks of the same weights may differ in: the plain values in their modules, such as a number of heads."""
+    plain = bool | int | float | str | tuple | range
+    return [
+        f"{name}.{key} = {value}"
+        for name, module in network.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, plain)
+    ]
 
 
 def _kept(folder: Path, arrays: list[np.ndarray], origin: dict, compute: Callable[[], np.ndarray | Tensor]) -> Tensor:

@@ -59,7 +59,7 @@ class MadeOrSampled(Inferer):
 
 
 class TakeMaded(MapTransform):
-    """Replace a CT that went over the network's grid by the original it came from, where there is one.
+    """Replace a CT that went over the network's grid by the original it came from, where there is one, int16.
 
     Args:
         keys: the CT.
@@ -71,5 +71,7 @@ class TakeMaded(MapTransform):
         self.made_key = made_key
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
-        made = {key: data[self.made_key] for key in self.key_iterator(data) if self.made_key in data}
-        return dict(data) | made
+        if self.made_key not in data:
+            return dict(data)
+        made = data[self.made_key].round().to(torch.int16)
+        return dict(data) | {key: made for key in self.key_iterator(data)}
