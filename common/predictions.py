@@ -74,4 +74,4 @@ class TakeMaded(MapTransform):
         if self.made_key not in data:
             return dict(data)
         made = data[self.made_key].round().to(torch.int16)
-        return dict(data) | {key: made for key in self.key_iterator(data)}
+        return dict(data) | dict.fromkeys(self.key_iterator(data), made)

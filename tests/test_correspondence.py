@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,36 @@ def test_a_single_slice_is_a_volume(tmp_path):
     label_map = blocks(_3=12)[..., :1]
     engine = run(tmp_path, lambda *_: label_map, {"slice": (label_map, np.zeros((10, 10, 1), np.int16))})
     assert engine.state.metrics["dice_left_kidney"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- two processes
+
+CASES = {
+    "a": (blocks(_6=40, _1=10), np.zeros((10, 10, 3), np.int16)),
+    "b, with a comma": (blocks(_6=40), np.ones((10, 10, 3), np.int16)),
+    "c": (blocks(_16=40), np.zeros((10, 10, 3), np.int16)),
+}
+
+
+def two_organs(hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return blocks(_6=20) if hu.any() else blocks(_6=40, _1=30)
+
+
+def of_one_process(rank: int, folder: Path, shares: tuple[list[str], list[str]]) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    engine = run(folder / f"of {rank}", two_organs, {case: CASES[case] for case in shares[rank]})
+    torch.save(engine.state.metrics, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [(["c", "a"], ["b, with a comma"]), (["b, with a comma"], ["c", "a"])])
+def test_two_processes_leave_the_table_of_one(tmp_path, shares):
+    torch.multiprocessing.start_processes(of_one_process, (tmp_path, shares), nprocs=2, start_method="fork")
+    alone = run(tmp_path / "alone", two_organs, CASES)
+    assert [row["case"] for row in table(tmp_path / "of 0")] == list(CASES)
+    assert (tmp_path / "of 0" / "organ_dice.csv").read_text() == (tmp_path / "alone" / "organ_dice.csv").read_text()
+    assert not (tmp_path / "of 1").exists()
+    for rank in (0, 1):  # organs that only the other process had, too
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone.state.metrics)

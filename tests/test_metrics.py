@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +96,13 @@ def test_slices_are_axial_and_not_turned():
         assert torch.equal(pred[k, 0], volume[0, :, :, k]) and torch.equal(ct[k, 0], volume[0, :, :, k] * 0.5)
 
 
-def tables(folder: Path, cases: dict[str, dict]) -> Engine:
-    """An evaluator of these outputs with the metrics that the bundles' evaluate.yaml has."""
+def tables(folder: Path, cases: dict[str, dict], others: Mapping[str, float] | None = None) -> Engine:
+    """An evaluator of these outputs with the metrics that the bundles' evaluate.yaml has, and others' results."""
     engine = Engine(lambda _, batch: [cases[entry["case"]] for entry in batch])
     metrics = {"SSIM": SSIMMetric(spatial_dims=2, data_range=1.0), "PSNR": CappedPSNR(max_val=1.0)}
     for name, metric in metrics.items():
         IgniteMetricHandler(metric, output_transform=axial_slices).attach(engine, name)
+    engine.add_event_handler(Events.COMPLETED, lambda: engine.state.metrics.update(others or {}))
     MetricTable(folder).attach(engine)
     engine.run([[{"case": name}] for name in cases])
     return engine
@@ -153,3 +157,57 @@ def test_tables_are_written_when_all_is_measured_and_not_before(tmp_path):
     assert seen == [False, False]
     with open(tmp_path / "new" / "metrics.csv", newline="") as file:
         assert list(csv.reader(file))[2] == ["b, c", "1", "20.0000"]
+
+
+def content(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+CASES = {"c, last": item([0.1, 0.01, 0.5], empty=(2,)), "a": item([0.0, 0.1, 0.1]), "b": item([0.01])}
+
+
+def test_json_has_everything_in_full(tmp_path):
+    others = {"dice_right_kidney": 0.123456789, "dice_mean": 0.5, "FID": 87.654321, "n": 6}
+    tables(tmp_path, CASES, others)
+    far, near = constant_ssim(0.1), constant_ssim(0.01)
+    expected = [("a", 3, (1 + 2 * far) / 3, 140 / 3), ("b", 1, near, 40.0), ("c, last", 2, (far + near) / 2, 30.0)]
+    found = content(tmp_path)
+    assert found.keys() == {"metrics", "cases"}
+    assert [tuple(case) for case in found["cases"]] == 3 * [("case", "slices", "SSIM", "PSNR")]
+    for case, row in zip(found["cases"], expected, strict=True):
+        assert tuple(case.values())[:2] == row[:2]
+        assert tuple(case.values())[2:] == pytest.approx(row[2:], rel=1e-4)  # SSIM is computed in float32
+    assert list(found["metrics"]) == ["SSIM", "PSNR", *others]
+    assert {name: found["metrics"][name] for name in others} == others
+    assert found["metrics"]["SSIM"] == pytest.approx((1 + 3 * far + 2 * near) / 6, rel=1e-4)
+    assert found["metrics"]["PSNR"] == pytest.approx((140 + 60 + 40) / 6, rel=1e-5)
+
+
+def test_what_is_no_value_of_slices_stands_below_the_table(tmp_path):
+    tables(tmp_path, CASES, {"dice_right_kidney": 0.123456789, "FID": 87.654321, "n": 1234})
+    lines = (tmp_path / "metrics.md").read_text().splitlines()
+    assert lines[0] == "| case | slices | SSIM | PSNR |"
+    assert lines[5].startswith("| **all slices** | 6 | ")
+    assert lines[6:] == ["", "dice right kidney: 0.1235", "", "FID: 87.65", "", "n: 1234"]
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert next(csv.reader(file)) == ["case", "slices", "SSIM", "PSNR"]
+
+
+def of_one_process(rank: int, folder: Path, shares: tuple[list[str], list[str]]) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    tables(folder / f"of {rank}", {case: CASES[case] for case in shares[rank]})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [(["c, last", "b"], ["a"]), (["b"], ["a", "c, last"])])
+def test_two_processes_leave_the_tables_of_one(tmp_path, shares):
+    torch.multiprocessing.start_processes(of_one_process, (tmp_path, shares), nprocs=2, start_method="fork")
+    tables(tmp_path / "alone", CASES)
+    assert not (tmp_path / "of 1").exists()
+    one, two = (content(tmp_path / name) for name in ("alone", "of 0"))
+    assert two["cases"] == one["cases"]
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+    for name in ("metrics.csv", "metrics.md"):
+        assert (tmp_path / "of 0" / name).read_text() == (tmp_path / "alone" / name).read_text()
