@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from .files import replacing
 from .geometry import Orientation
 from .labels import CLASSES, ORGANS
 from .transforms import HU_WINDOW
+
+HU_BINS = tuple(range(int(HU_WINDOW[0]), int(HU_WINDOW[1]) + 1, 20))
+"""Edges of the bins of `hu_histogram`, in HU."""
 
 
 def colorize(label_map: np.ndarray) -> np.ndarray:
@@ -28,18 +32,31 @@ def label_histogram(label_map: np.ndarray) -> dict[str, int]:
 def hu_statistics(label_map: np.ndarray, hu: np.ndarray) -> dict[str, dict[str, float]]:
     """Mean, standard deviation and quartiles of HU within each class that is present, by name."""
     statistics = {}
+    for name, values in _by_class(label_map, hu):
+        low, median, high = np.percentile(values, (25, 50, 75))
+        statistics[name] = {
+            "mean": round(float(values.mean()), 1),
+            "std": round(float(values.std()), 1),
+            "p25": float(low),
+            "median": float(median),
+            "p75": float(high),
+        }
+    return statistics
+
+
+def hu_histogram(label_map: np.ndarray, hu: np.ndarray) -> dict[str, list[int]]:
+    """Voxels of each class that is present in each bin of `HU_BINS`, by name; the outermost take what lies beyond."""
+    return {
+        name: np.histogram(values.clip(*HU_WINDOW), HU_BINS)[0].tolist() for name, values in _by_class(label_map, hu)
+    }
+
+
+def _by_class(label_map: np.ndarray, hu: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The HU of each class that is present, without background."""
     for c in CLASSES[1:]:
         values = hu[label_map == c.id]
         if values.size:
-            low, median, high = np.percentile(values, (25, 50, 75))
-            statistics[c.name] = {
-                "mean": round(float(values.mean()), 1),
-                "std": round(float(values.std()), 1),
-                "p25": float(low),
-                "median": float(median),
-                "p75": float(high),
-            }
-    return statistics
+            yield c.name, values
 
 
 def save_preview(path: str | os.PathLike, label_map: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import ignite.distributed as idist
 import monai
 import nibabel as nib
 import numpy as np
@@ -17,9 +19,13 @@ from ignite.engine import Engine, Events
 from torch.utils.data import Dataset
 from tqdm import trange
 
+from .bundle import load_checkpoint
+from .distributed import gather
+from .faithfulness import faithfulness
 from .files import replacing, sha256
+from .html_report import write_html
 from .inferers import VolumeInferer
-from .report import hu_statistics, label_histogram, save_preview
+from .report import HU_BINS, hu_histogram, hu_statistics, label_histogram, save_preview
 from .transforms import file_name
 
 NIFTI = (".nii", ".nii.gz")
@@ -72,16 +78,20 @@ class CheckCases:
 class ResultWriter:
     """Write each case as it is done, `CASE_ct.nii.gz` and `CASE_preview.png`, and `report.json` about the run.
 
-    Reads from the engine's decollated batch `label_map`, the label map on its own grid, and from its output `pred`, the
-    CT in HU on that grid.
+    Reads from the engine's decollated batch `label_map`, the label map on its own grid, and, where there is one,
+    `real_hu`, the real CT in HU on that grid; from its output `pred`, the CT in HU on that grid. At the end
+    `report.html` shows the report and what the handlers of an evaluation have written. Under torchrun each process
+    writes its own cases and the first one the report, with the cases of all when the run is complete.
 
     Args:
         output_dir: folder to write into.
-        checkpoint: the weights' file, for its hash.
-        inferer: what made the volumes; its settings go into the report.
+        checkpoint: the weights' file, for its hash and the facts in it; None for volumes that weren't sampled.
+        inferer: what made the volumes; its settings go into the report; None likewise.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, checkpoint: str | os.PathLike, inferer: VolumeInferer) -> None:
+    def __init__(
+        self, output_dir: str | os.PathLike, checkpoint: str | os.PathLike | None, inferer: VolumeInferer | None
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint
         self.inferer = inferer
@@ -96,6 +106,7 @@ class ResultWriter:
     def _start(self, engine: Engine) -> None:
         self.cases = []
         self.origin = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -104,9 +115,13 @@ class ResultWriter:
                 "nibabel": version("nibabel"),
             },
             "device": str(engine.state.device),
-            "weights": {"file": str(self.checkpoint), "sha256": sha256(self.checkpoint)},
-            "settings": self.inferer.settings,
+            "weights": None if self.checkpoint is None else weights_facts(self.checkpoint),
+            "settings": None if self.inferer is None else self.inferer.settings,
+            "hu_bins": HU_BINS,
         }
+        # Only now, so that it comes after every other handler of that event: report.html shows what they write.
+        if not engine.has_event_handler(self._finish, Events.COMPLETED):
+            engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start_case(self, engine: Engine) -> None:
         self._started = time.perf_counter()
@@ -114,21 +129,47 @@ class ResultWriter:
     def _finish_case(self, engine: Engine) -> None:
         seconds = round((time.perf_counter() - self._started) / len(engine.state.output), 2)
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            label_map, hu = (np.asarray(v[0].cpu()) for v in (item["label_map"], output["pred"]))
-            case, affine = item["case"], np.asarray(item["label_map"].affine.cpu())
-            ct, preview = self.output_dir / f"{case}_ct.nii.gz", self.output_dir / f"{case}_preview.png"
-            save_ct(ct, hu, affine, file_name(item["label_map"]))
-            save_preview(preview, label_map, hu, affine)
-            self.cases.append(
-                {
-                    "case": case,
-                    "ct": ct.name,
-                    "preview": preview.name,
-                    "shape": list(hu.shape),
-                    "seconds": seconds,
-                    "label_histogram": label_histogram(label_map),
-                    "hu": hu_statistics(label_map, hu),
-                }
-            )
-            with replacing(self.output_dir / "report.json") as temporary:
-                temporary.write_text(json.dumps({**self.origin, "cases": self.cases}, indent=2), encoding="utf-8")
+            self.cases.append({"case": item["case"], "seconds": seconds, **self._write_case(item, output["pred"])})
+            if idist.get_rank() == 0:
+                self._write_report(self.cases)
+
+    def _finish(self, engine: Engine) -> None:
+        cases = sorted(gather(self.cases), key=lambda case: case["case"])
+        if idist.get_rank() == 0:
+            self._write_report(cases)
+            write_html(self.output_dir)
+
+    def _write_case(self, item: dict, pred: torch.Tensor) -> dict:
+        """Write one case's files and give what the report says about them."""
+        label_map, hu = _array(item["label_map"]), _array(pred)
+        real = _array(item["real_hu"]) if "real_hu" in item else None
+        affine = np.asarray(item["label_map"].affine.cpu())
+        ct, preview = (self.output_dir / f"{item['case']}_{what}" for what in ("ct.nii.gz", "preview.png"))
+        save_ct(ct, hu, affine, file_name(item["label_map"]))
+        save_preview(preview, label_map, hu, affine)
+        histograms = {"synthetic": hu_histogram(label_map, hu)}
+        if real is not None:
+            histograms["real"] = hu_histogram(label_map, real)
+        return {
+            "ct": ct.name,
+            "preview": preview.name,
+            "shape": list(hu.shape),
+            "label_histogram": label_histogram(label_map),
+            "hu": hu_statistics(label_map, hu),
+            "hu_histogram": histograms,
+            "faithfulness": faithfulness(label_map, hu, affine, real),
+        }
+
+    def _write_report(self, cases: list[dict]) -> None:
+        with replacing(self.output_dir / "report.json") as temporary:
+            temporary.write_text(json.dumps({**self.origin, "cases": cases}, indent=2), encoding="utf-8")
+
+
+def weights_facts(path: str | os.PathLike) -> dict:
+    """Which weights these are: `file`, `sha256`, and what training wrote into the file (`bundle`, `iteration`, ...)."""
+    return {"file": str(path), "sha256": sha256(path), **load_checkpoint(path).get("facts", {})}
+
+
+def _array(volume: torch.Tensor) -> np.ndarray:
+    """(1, X, Y, Z) on any device to (X, Y, Z)."""
+    return np.asarray(volume[0].cpu())

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from scipy.ndimage import find_objects, label
 
 from common.labels import BODY, CLASSES
-from common.report import colorize, hu_statistics, label_histogram, save_preview
+from common.report import HU_BINS, colorize, hu_histogram, hu_statistics, label_histogram, save_preview
 
 LIVER = 6
 
@@ -53,6 +53,21 @@ def test_hu_statistics_are_those_of_the_known_values():
 def test_statistics_of_large_int16_volumes_do_not_overflow():
     hu = np.full((100, 100, 100), 3000, np.int16)
     assert hu_statistics(np.full(hu.shape, BODY, np.uint8), hu)["body"]["mean"] == 3000.0
+
+
+def test_hu_histograms_count_the_known_values():
+    assert HU_BINS == (*range(-160, 240, 20), 240)
+    liver, body = [0] * 20, [0] * 20
+    liver[8:14] = 19, 20, 20, 20, 20, 1  # 1…19 from 0 on, then twenties, and 100 alone
+    body[3] = body[8] = body[19] = 1  # -100, 0, and 400 among the highest
+    assert hu_histogram(*known_volume()) == {"liver": liver, "body": body}
+
+
+def test_hu_histograms_have_every_voxel_and_closed_ends():
+    label_map = np.full((6, 1, 1), BODY, np.uint8)
+    for dtype in (np.int16, np.float32):
+        hu = np.array([-1000, -160, -141, -140, 240, 3000], dtype).reshape(label_map.shape)
+        assert hu_histogram(label_map, hu) == {"body": [3, 1, *[0] * 17, 2]}
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,12 @@ from matplotlib.image import imread
 from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
+import common.results
+from common.bundle import save_checkpoint, save_weights
+from common.faithfulness import faithfulness
 from common.results import CheckCases, ResultWriter, save_ct
 
+FACTS = {"bundle": "abdominal_ct_sdm", "image_size": 64, "iteration": 7}
 SETTINGS = {"sampler": "ddim", "sampling_steps": 25, "seed": 3}
 
 
@@ -124,10 +129,8 @@ def case(folder: Path, name: str, organ: int) -> tuple[dict, dict]:
     return {"case": name, "label_map": volume}, {"pred": torch.from_numpy(hu)[None]}
 
 
-def run(folder: Path, cases: list[tuple[dict, dict]], fail_at: int | None = None) -> Path:
-    """A fake evaluator that knows its outputs."""
-    weights = folder / "model.pt"
-    weights.write_bytes(b"weights")
+def evaluator(folder: Path, cases: list[tuple[dict, dict]], fail_at: int | None = None) -> Engine:
+    """A fake evaluator that knows its outputs, with a `ResultWriter` into `folder / "output"`."""
     outputs = {item["case"]: output for item, output in cases}
 
     def evaluate(engine: Engine, batch: list[dict]) -> list[dict]:
@@ -137,22 +140,43 @@ def run(folder: Path, cases: list[tuple[dict, dict]], fail_at: int | None = None
 
     engine = Engine(evaluate)
     engine.state.device = torch.device("cpu")
-    ResultWriter(folder / "output", weights, SimpleNamespace(settings=SETTINGS)).attach(engine)
-    engine.run([[item] for item, _ in cases])
+    if not (folder / "model.pt").exists():
+        save_weights(folder / "model.pt", {"weight": torch.zeros(3)}, FACTS)
+    ResultWriter(folder / "output", folder / "model.pt", SimpleNamespace(settings=SETTINGS)).attach(engine)
+    return engine
+
+
+def run(folder: Path, cases: list[tuple[dict, dict]], fail_at: int | None = None) -> Path:
+    """The folder that a run of the fake evaluator leaves."""
+    evaluator(folder, cases, fail_at).run([[item] for item, _ in cases])
     return folder / "output"
+
+
+def report_of(output: Path) -> dict:
+    return json.loads((output / "report.json").read_text())
+
+
+def bins(counts: dict[int, int]) -> list[int]:
+    """Twenty bins from -160 HU on with the counts of some, by their lowest HU."""
+    return [counts.get(low, 0) for low in range(-160, 240, 20)]
 
 
 def test_the_report_has_the_numbers_of_the_run(tmp_path, monkeypatch):
     clock = iter((100.0, 102.5, 200.0, 200.25))
     monkeypatch.setattr("common.results.time.perf_counter", lambda: next(clock))
-    output = run(tmp_path, [case(tmp_path, "first", 6), case(tmp_path, "second", 1)])
-    report = json.loads((output / "report.json").read_text())
+    cases = [case(tmp_path, "first", 6), case(tmp_path, "second", 1)]
+    before = datetime.now(UTC) - timedelta(seconds=1)  # the report has whole seconds
+    output = run(tmp_path, cases)
+    report = report_of(output)
 
+    assert before <= datetime.fromisoformat(report["started"]) <= datetime.now(UTC)
     assert report["settings"] == SETTINGS and report["device"] == "cpu"
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert report["weights"] == {"file": str(tmp_path / "model.pt"), "sha256": digest}
+    digest = hashlib.sha256((tmp_path / "model.pt").read_bytes()).hexdigest()
+    assert report["weights"] == {"file": str(tmp_path / "model.pt"), "sha256": digest, **FACTS}
     assert report["versions"]["torch"] == torch.__version__ and report["versions"]["nibabel"] == nib.__version__
+    assert report["hu_bins"] == list(range(-160, 241, 20))
     first, second = report["cases"]
+    label_map, hu = cases[0][0]["label_map"][0].numpy(), cases[0][1]["pred"][0].numpy()
     assert first == {
         "case": "first",
         "ct": "first_ct.nii.gz",
@@ -164,16 +188,50 @@ def test_the_report_has_the_numbers_of_the_run(tmp_path, monkeypatch):
             "liver": {"mean": 50.0, "std": 0.0, "p25": 50.0, "median": 50.0, "p75": 50.0},
             "body": {"mean": -20.0, "std": 10.0, "p25": -30.0, "median": -20.0, "p75": -10.0},
         },
+        "hu_histogram": {"synthetic": {"liver": bins({40: 256}), "body": bins({-40: 128, -20: 128})}},
+        "faithfulness": faithfulness(label_map, hu, SFORM),
     }
+    assert first["faithfulness"]["hu_deviation"] == 25  # 50 HU in a liver of 75 to 135
     assert (second["case"], second["seconds"], list(second["label_histogram"])) == ("second", 0.25, ["spleen", "body"])
+
+
+def test_the_real_ct_stands_beside_the_synthetic_one(tmp_path):
+    item, output = case(tmp_path, "first", 6)
+    real = torch.full((1, 8, 8, 8), -1000.0)
+    real[:, :4] = 90.0
+    measured = report_of(run(tmp_path, [(item | {"real_hu": MetaTensor(real)}, output)]))["cases"][0]
+    assert measured["hu_histogram"] == {
+        "synthetic": {"liver": bins({40: 256}), "body": bins({-40: 128, -20: 128})},
+        "real": {"liver": bins({80: 256}), "body": bins({-160: 256})},
+    }
+    volumes = (item["label_map"][0].numpy(), output["pred"][0].numpy())
+    assert measured["faithfulness"] == faithfulness(*volumes, SFORM, real[0].numpy())
+    assert measured["faithfulness"]["real"]["hu_deviation"] == 0
+
+
+def test_volumes_that_were_not_sampled_have_no_weights(tmp_path):
+    item, output = case(tmp_path, "first", 6)
+    engine = Engine(lambda *_: [output])
+    engine.state.device = torch.device("cpu")
+    ResultWriter(tmp_path / "output", None, None).attach(engine)
+    engine.run([[item]])
+    report = report_of(tmp_path / "output")
+    assert report["weights"] is None and report["settings"] is None
+    assert (tmp_path / "output" / "report.html").is_file()
+
+
+def test_weights_of_elsewhere_have_no_facts(tmp_path):
+    save_checkpoint(tmp_path / "model.pt", {"weight": torch.zeros(3)})
+    assert report_of(run(tmp_path, [case(tmp_path, "first", 6)]))["weights"].keys() == {"file", "sha256"}
 
 
 def test_each_case_leaves_its_ct_and_its_picture(tmp_path):
     cases = [case(tmp_path, "first", 6), case(tmp_path, "second", 1)]
     output = run(tmp_path, cases)
-    assert sorted(path.name for path in output.iterdir()) == [
-        *("first_ct.nii.gz", "first_preview.png", "report.json", "second_ct.nii.gz", "second_preview.png")
-    ]
+    assert {path.name for path in output.iterdir()} == {
+        *("report.json", "report.html"),
+        *(f"{name}_{what}" for name in ("first", "second") for what in ("ct.nii.gz", "preview.png")),
+    }
     for name, (_, expected) in zip(("first", "second"), cases, strict=True):
         ct = nib.load(output / f"{name}_ct.nii.gz")
         np.testing.assert_array_equal(np.asarray(ct.dataobj), expected["pred"][0].numpy())
@@ -184,9 +242,62 @@ def test_each_case_leaves_its_ct_and_its_picture(tmp_path):
 def test_a_run_that_breaks_leaves_the_cases_that_were_done(tmp_path):
     with pytest.raises(RuntimeError, match="in between"):
         run(tmp_path, [case(tmp_path, "first", 6), case(tmp_path, "second", 1)], fail_at=2)
-    report = json.loads((tmp_path / "output" / "report.json").read_text())
-    assert [entry["case"] for entry in report["cases"]] == ["first"]
-    assert not (tmp_path / "output" / "second_ct.nii.gz").exists()
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {
+        *("report.json", "first_ct.nii.gz", "first_preview.png")
+    }
+    assert [entry["case"] for entry in report_of(tmp_path / "output")["cases"]] == ["first"]
+
+
+def test_what_later_handlers_write_at_the_end_is_in_the_page(tmp_path):
+    cases = [case(tmp_path, "first", 6)]
+    engine = evaluator(tmp_path, cases)
+    figures = iter((123.4, 56.7))  # an evaluator may run again
+
+    def write_metrics(engine: Engine) -> None:
+        content = {"metrics": {"FID": next(figures)}, "cases": []}
+        (tmp_path / "output" / "metrics.json").write_text(json.dumps(content))
+
+    engine.add_event_handler(Events.COMPLETED, write_metrics)
+    for figure in ("123.4", "56.7"):
+        engine.run([[item] for item, _ in cases])
+        assert f"<dt>FID</dt><dd>{figure}</dd>" in (tmp_path / "output" / "report.html").read_text()
+    assert len(report_of(tmp_path / "output")["cases"]) == 1
+
+
+# ------------------------------------------------------------------------------------------------- two processes
+
+SHARES = (("b", "d"), ("a", "c", "e"))
+
+
+def of_one_process(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    if rank == 1:
+        ResultWriter._write_report = common.results.write_html = None  # the first process alone writes them
+    run(folder, [case(folder, name, 1 + "abcde".index(name)) for name in SHARES[rank]])
+    torch.distributed.destroy_process_group()
+
+
+def without_times(report: dict) -> dict:
+    cases = [{key: value for key, value in entry.items() if key != "seconds"} for entry in report["cases"]]
+    return {key: value for key, value in report.items() if key != "started"} | {"cases": cases}
+
+
+def test_two_processes_report_as_one(tmp_path):
+    save_weights(tmp_path / "model.pt", {"weight": torch.zeros(3)}, FACTS)
+    torch.multiprocessing.start_processes(of_one_process, (tmp_path,), nprocs=2, start_method="fork")
+    together = (tmp_path / "output").rename(tmp_path / "together")
+    alone = run(tmp_path, [case(tmp_path, name, 1 + "abcde".index(name)) for name in "ecabd"])
+    assert [entry["case"] for entry in report_of(together)["cases"]] == list("abcde")
+    assert without_times(report_of(together)) == without_times(report_of(alone))
+    names = {path.name for path in alone.iterdir()}
+    assert {path.name for path in together.iterdir()} == names
+    for name in names - {"report.json", "report.html"}:
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- checks before
 
 
 def test_a_bad_case_is_found_before_the_first_is_sampled():
