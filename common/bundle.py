@@ -35,11 +35,23 @@ def save_weights(path: str | os.PathLike, weights: dict[str, torch.Tensor], fact
     save_checkpoint(path, {"model": weights, "facts": facts})
 
 
-def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
+def load_weights(
+    network: nn.Module,
+    path: str | os.PathLike | None,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+) -> nn.Module:
     """Load weights into a network and bring it to the device, with channels last in memory: convolutions like that.
 
     Files that training wrote fit, plain state dicts, and the public layouts that `convert` knows. Without a path the
     network stays as it is: training that begins with random weights.
+
+    Args:
+        network: to load into.
+        path: the file.
+        device: where to bring the network.
+        image_size: side of the slices that it is to make; weights that know to be of other slices are refused, which a
+            convolutional network would take without a word.
 
     Raises:
         FileNotFoundError: no such file.
@@ -65,9 +77,15 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
     elif misfits:
         origin = facts["bundle"] if facts else "another network"
         raise ValueError(
-            f"{path} holds weights of {origin} that don't fit: {len(misfits)} tensors differ from this "
-            f"network's, such as {misfits[0]}; name this bundle's own with --checkpoint, and add the overlay they were "
-            "trained with, if any (configs/small.yaml)"
+            f"{path} holds weights of {origin} that don't fit: {len(misfits)} tensors differ from this network's, such "
+            f"as {misfits[0]}; name this bundle's own with --checkpoint, with the overlay (configs/small.yaml) and the "
+            "options of their training, if any"
+        )
+    trained_size = (facts or {}).get("image_size", image_size)
+    if image_size is not None and trained_size != image_size:
+        raise ValueError(
+            f"{path} was trained on slices of {trained_size}x{trained_size}: give --image_size {trained_size}, not "
+            f"{image_size}"
         )
     network.load_state_dict(weights)
     return network
@@ -108,7 +126,11 @@ def main() -> None:
     content = load_checkpoint(options.source)
     if "facts" not in content:
         parser.error(f"{options.source} is no model.pt of a training")
-    save_weights(options.target, {name: value.half() for name, value in content["model"].items()}, content["facts"])
+    weights = {name: v.half() if v.is_floating_point() else v for name, v in content["model"].items()}
+    beyond = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if beyond:
+        parser.error(f"{beyond[0]} holds values that float16 can't: ship the file as it is")
+    save_weights(options.target, weights, content["facts"])
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Checkpoints:
         marks: iterations whose weights are kept.
         resume: a `checkpoint.pt` to go on from, None to begin anew.
         refresh: called, in every process, before weights are kept: BatchNorm's statistics of an EMA, say.
+        refresh_interval: iterations after which it is called as well, for who shows the weights in between.
 
     A loss or weights that are no longer finite end the run with the last good checkpoint untouched and named.
 
@@ -62,6 +63,7 @@ class Checkpoints:
         marks: Sequence[int] = PAPER_MARKS,
         resume: str | os.PathLike | None = None,
         refresh: Callable[[], None] | None = None,
+        refresh_interval: int | None = None,
     ) -> None:
         if resume is not None and not Path(resume).is_file():
             raise FileNotFoundError(f"no checkpoint to resume from at {resume}: name a checkpoint.pt of an earlier run")
@@ -77,19 +79,22 @@ class Checkpoints:
         self.marks = set(marks)
         self.resume = resume
         self.refresh = refresh
+        self.refresh_interval = refresh_interval
         self._losses: float | torch.Tensor = 0.0
         self._refreshed = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer; must come between the handler that updates the EMA and those that show it.
 
-        What they show is then what is kept: `refresh` has been called.
+        What they show at `refresh_interval` is then what would be kept: `refresh` has been called.
         """
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._watch)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
         engine.add_event_handler(Events.ITERATION_COMPLETED(lambda _, i: i in self.marks), self.save_mark)
         engine.add_event_handler(Events.COMPLETED, self.save)
+        if self.refresh_interval is not None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.refresh_interval), self._prepare)
 
     def save(self, engine: Engine) -> None:
         """Write `checkpoint.pt` and `model.pt`."""

@@ -105,6 +105,7 @@ class GANTrainer(Trainer):
             the other as it was before the step in all but the last.
 
     After an iteration `state.output` has the sum of both losses as `loss`, and every term by its name in `terms`.
+    MONAI's events within an iteration (`IterationEvents`) aren't fired: there is no one forward or loss.
 
     Raises:
         ValueError: another `order`, or no `accumulation_steps`.
@@ -155,8 +156,8 @@ class GANTrainer(Trainer):
         self.generator_first = order[0] == "generator"
         self.accumulation_steps = accumulation_steps
         if compile:
-            network.compile()
-            discriminator.compile()
+            for part in (network, discriminator):
+                getattr(part, "module", part).compile()  # what the generator's step calls too
 
     def run(self) -> None:
         """Train."""

@@ -201,10 +201,15 @@ class BatchNormStatistics:
         indices = np.linspace(0, len(self.dataset) - 1, self.count).round().astype(int)
         generator = torch.Generator().manual_seed(0)
         indices = indices[torch.randperm(self.count, generator=generator).numpy()]  # a batch isn't one patient's
+        full = self.count // self.batch_size * self.batch_size
         batches = (
             torch.stack([self.dataset[i]["image"] for i in indices[k : k + self.batch_size]])
-            for k in range(0, self.count - self.count % self.batch_size or self.count, self.batch_size)
+            for k in range(0, full or self.count, self.batch_size)
         )
+        for module in self.network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                # Ignite's EMA shares this counter with the network that it follows.
+                module.num_batches_tracked = module.num_batches_tracked.clone()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             update_bn(batches, self.network, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from monai.inferers import Inferer
@@ -136,10 +136,16 @@ class DiffusionSampler:
 
 
 class GeneratorPass:
-    """A GAN's generator as a generator of slices: one call of the network makes them."""
+    """A GAN's generator as a generator of slices: one call of the network makes them.
+
+    Args:
+        settings: what a report says about how a slice was made, besides what it says of every volume.
+    """
 
     steps = 1
-    settings: ClassVar[dict] = {}
+
+    def __init__(self, settings: dict | None = None) -> None:
+        self.settings = settings or {}
 
     def noise_shape(self, network: nn.Module, size: Sequence[int]) -> tuple[int, ...]:
         """What noise a slice of these rows and columns takes: the network knows."""

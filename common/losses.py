@@ -107,6 +107,6 @@ def label_mix_consistency(mixed: Tensor, fake: Tensor, real: Tensor, from_real: 
     return F.mse_loss(mixed.float(), torch.where(from_real, real.float(), fake.float()))
 
 
-def cross_entropy(logits: Tensor, is_real: bool) -> Tensor:
+def binary_cross_entropy(logits: Tensor, is_real: bool) -> Tensor:
     """Binary cross-entropy of logits of any shape that ought to say real, or fake (Goodfellow et al. 2014)."""
     return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, is_real, dtype=torch.float32))

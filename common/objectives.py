@@ -3,8 +3,7 @@
 `image` is a label map (B, 1, H, W), `real` and `fake` are CT slices (B, 1, H, W) in [-1, 1]. In the discriminator's
 step `fake` comes detached; in the generator's step the discriminator's parameters are frozen.
 
-A discriminator is called once a step where that makes no difference, because DistributedDataParallel expects one
-forward for each backward.
+A discriminator is called once a step where that makes no difference.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 
+import ignite.distributed as idist
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,7 +46,7 @@ class SPADEObjective:
         self.vgg = None if vgg is None else VGG19.load(vgg)
         self.feature_matching_weight = feature_matching_weight
         self.perceptual_weight = perceptual_weight
-        if vgg is None:
+        if vgg is None and idist.get_rank() == 0:
             logging.getLogger(__name__).warning("no VGG19 weights given: training without the perceptual term")
 
     def generator_terms(
@@ -76,7 +76,7 @@ class SPADEObjective:
         self, discriminator: Callable[[Tensor], list[list[Tensor]]], image: Tensor, real: Tensor, fake: Tensor
     ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """The discriminator's outputs for fake and for real, which it sees in one batch."""
-        scales = discriminator(torch.cat([_beside_mask(image, fake), _beside_mask(image, real)]))
+        scales = discriminator(_beside_mask(torch.cat([image, image]), torch.cat([fake, real])))
         fakes = [[output[: len(fake)] for output in outputs] for outputs in scales]
         reals = [[output[len(fake) :] for output in outputs] for outputs in scales]
         return fakes, reals
@@ -131,7 +131,7 @@ class Pix2PixObjective:
     ) -> Terms:
         """Adversarial term and L1."""
         return {
-            "adversarial": losses.cross_entropy(discriminator(_beside_mask(image, fake))[-1], is_real=True),
+            "adversarial": losses.binary_cross_entropy(discriminator(_beside_mask(image, fake))[-1], is_real=True),
             "l1": self.l1_weight * F.l1_loss(fake.float(), real.float()),
         }
 
@@ -140,8 +140,8 @@ class Pix2PixObjective:
     ) -> Terms:
         """Cross-entropy of fake and of real slices, halved, which slows the discriminator down."""
         return {
-            "fake": losses.cross_entropy(discriminator(_beside_mask(image, fake))[-1], is_real=False) / 2,
-            "real": losses.cross_entropy(discriminator(_beside_mask(image, real))[-1], is_real=True) / 2,
+            "fake": losses.binary_cross_entropy(discriminator(_beside_mask(image, fake))[-1], is_real=False) / 2,
+            "real": losses.binary_cross_entropy(discriminator(_beside_mask(image, real))[-1], is_real=True) / 2,
         }
 
 

@@ -244,6 +244,32 @@ def test_bundle_root_without_monai_is_the_folder_above_the_package(tmp_path, mon
     assert bundle_root() == str(tmp_path / "bundle")
 
 
+def test_weights_of_slices_of_another_size_are_refused(tmp_path):
+    save_weights(tmp_path / "model.pt", network(seed=0).state_dict(), FACTS | {"image_size": 64})
+    load_weights(network(seed=1), tmp_path / "model.pt", image_size=64)
+    load_weights(network(seed=1), tmp_path / "model.pt")  # training may begin with them
+    with pytest.raises(ValueError, match=r"trained on slices of 64x64: give --image_size 64, not 256$"):
+        load_weights(network(seed=1), tmp_path / "model.pt", image_size=256)
+    torch.save(network(seed=0).state_dict(), tmp_path / "plain.pt")
+    load_weights(network(seed=1), tmp_path / "plain.pt", image_size=256)  # unknown size
+
+
+def test_halving_leaves_counters_alone_and_refuses_what_float16_cannot_hold(tmp_path, monkeypatch, capsys):
+    norm = torch.nn.BatchNorm2d(2)
+    norm.num_batches_tracked.fill_(977_600)
+    monkeypatch.setattr(sys, "argv", ["bundle", str(tmp_path / "model.pt"), str(tmp_path / "half.pt")])
+    save_weights(tmp_path / "model.pt", norm.state_dict(), FACTS)
+    bundle.main()
+    assert load_weights(torch.nn.BatchNorm2d(2), tmp_path / "half.pt").num_batches_tracked == 977_600
+    norm.running_var.fill_(7e4)
+    save_weights(tmp_path / "model.pt", norm.state_dict(), FACTS)
+    (tmp_path / "half.pt").unlink()
+    with pytest.raises(SystemExit):
+        bundle.main()
+    assert "running_var holds values that float16 can't" in capsys.readouterr().err
+    assert not (tmp_path / "half.pt").exists()
+
+
 def test_halved_weights_are_the_weights_to_float16(tmp_path, monkeypatch):
     saved, loaded = network(seed=0), network(seed=1)
     save_weights(tmp_path / "model.pt", saved.state_dict(), FACTS)

@@ -179,6 +179,18 @@ def test_the_small_overlay_fits_training_and_inference(bundle, workflow, on_path
     assert sum(value.numel() for value in small.values()) < 12e6
 
 
+def test_the_readme_knows_the_size_of_the_small_networks(bundle, workflow, on_path):
+    parts = ("network_def", "discriminator_def") if bundle.name in GANS else ("network_def",)
+    with on_path(bundle):
+        parser = workflow(bundle, "train", "small").parser
+        counts = [sum(p.numel() for p in parser.get_parsed_content(part).parameters()) for part in parts]
+    said = re.search(
+        r"On a CPU, with (?:a network|networks) of ([\d. and]+) million parameters on slices of 64x64:",
+        (bundle / "docs" / "README.md").read_text(encoding="utf-8"),
+    )
+    assert said[1] == " and ".join(f"{count / 1e6:.1f}" for count in counts)
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_what_a_user_sets_has_the_same_name_in_every_bundle(bundle, name):
     assert KNOBS[name] <= config(bundle, name).keys()

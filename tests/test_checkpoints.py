@@ -257,6 +257,13 @@ def test_weights_are_refreshed_before_they_are_kept(tmp_path):
     assert torch.equal(load_checkpoint(tmp_path / "checkpoint.pt")["ema"]["norm.running_mean"], calls[-1][1])
 
 
+def test_weights_are_refreshed_for_those_who_show_them_too(tmp_path):
+    run, calls = GANRun(tmp_path, 6, interval=3, refresh_interval=2), []
+    run.checkpoints.refresh = lambda: calls.append(run.trainer.state.iteration)
+    run()
+    assert calls == [2, 3, 4, 6]
+
+
 # ------------------------------------------------------------------------------------------------------------- EMA
 
 

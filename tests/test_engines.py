@@ -364,7 +364,7 @@ def test_both_networks_train_in_training_mode(order):
 
 
 class Replica(nn.Module):
-    """Wraps a network as DistributedDataParallel does, which must see one forward for each backward."""
+    """Wraps a network as DistributedDataParallel does."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -318,6 +318,14 @@ def test_weights_for_inference_come_with_the_statistics_of_the_ema(tmp_path):
     assert not torch.allclose(kept.norm.running_var, run.network.norm.running_var, rtol=1e-2)
 
 
+def test_measuring_leaves_the_network_that_the_ema_follows_alone(tmp_path):
+    run = GANRun(tmp_path, 3)()
+    before = copy.deepcopy(run.network.state_dict())
+    run.ema.ema_model.norm.num_batches_tracked = run.network.norm.num_batches_tracked  # as Ignite leaves it
+    run.checkpoints.refresh()
+    assert equal(dict(before), dict(run.network.state_dict()))
+
+
 def test_pictures_of_an_ema_show_the_weights_as_they_are_kept(tmp_path):
     shown = []
 

@@ -173,7 +173,7 @@ def test_label_mix_consistency():
 def test_cross_entropy():
     logits = tensor(-2.0, 0.0, 3.0)
     probabilities = [1 / (1 + math.exp(-x)) for x in (-2.0, 0.0, 3.0)]
-    real, fake = losses.cross_entropy(logits, is_real=True), losses.cross_entropy(logits, is_real=False)
+    real, fake = losses.binary_cross_entropy(logits, is_real=True), losses.binary_cross_entropy(logits, is_real=False)
     assert real.item() == pytest.approx(-np.mean(np.log(probabilities)))
     assert fake.item() == pytest.approx(-np.mean(np.log(1 - np.array(probabilities))))
 
@@ -186,7 +186,7 @@ TERMS = {
     "segment_real": losses.segment_real,
     "segment_fake": lambda logits, image: losses.segment_fake(logits),
     "consistency": lambda logits, image: losses.label_mix_consistency(logits, -logits, 2 * logits, image > 3),
-    "cross_entropy": lambda logits, image: losses.cross_entropy(logits, is_real=True),
+    "cross_entropy": lambda logits, image: losses.binary_cross_entropy(logits, is_real=True),
 }
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.diffusion import GaussianDiffusion
 from common.inferers import DiffusionSampler, SliceNoise
 from common.networks.modulation import SpatialModulation
-from common.networks.sdm import SDMUNet, SpadeGroupNorm
+from common.networks.sdm import SDMUNet, SPADEGroupNorm
 from common.transforms import NO_CONDITION
 
 TINY = {
@@ -99,7 +99,7 @@ def test_the_default_attends_at_32_16_8_with_heads_of_64():
 
 
 def test_spade_norm_with_given_weights():
-    norm = SpadeGroupNorm(num_groups=1, num_channels=2, map_channels=3, level=1)
+    norm = SPADEGroupNorm(num_groups=1, num_channels=2, map_channels=3, level=1)
     assert [name.split(".")[0] for name, _ in norm.named_parameters()] == ["modulation"] * 6  # the norm itself has none
     shared, gamma, beta = norm.modulation.shared, norm.modulation.gamma, norm.modulation.beta
     for parameter in norm.parameters():
@@ -203,7 +203,7 @@ def test_sdm_is_the_described_arithmetic(edges):
     network = randomised(SDMUNet(edges=edges, **TINY))
     by_hand = ByHand(network, edges)
     torch.testing.assert_close(network(x, t, image), by_hand(x, t, image), atol=1e-5, rtol=1e-5)
-    has_spade = {name.split(".")[0] for name, module in network.named_modules() if isinstance(module, SpadeGroupNorm)}
+    has_spade = {name.split(".")[0] for name, module in network.named_modules() if isinstance(module, SPADEGroupNorm)}
     has_plain = {name.split(".")[0] for name in network.state_dict() if ".norm1.weight" in name}
     assert (has_spade, has_plain) == ({"middle", "decoder"}, {"encoder"})
 
@@ -277,7 +277,7 @@ def test_training_lets_beta_go_after_its_norm():
     network = SDMUNet(**TINY)
     betas, alive = [], []
     for norm in network.modules():
-        if isinstance(norm, SpadeGroupNorm):
+        if isinstance(norm, SPADEGroupNorm):
             norm.modulation.register_forward_hook(lambda _, args, output: betas.append(ref(output[1])))
             norm.register_forward_hook(lambda *_: alive.append(sum(beta() is not None for beta in betas)))
     network(x, t, image).sum().backward()

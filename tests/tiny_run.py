@@ -55,6 +55,7 @@ class Run:
         workers: int = 0,
         monitor: dict | None = None,
         learning_rate: float = 1e-2,
+        refresh_interval: int | None = None,
         **model,
     ) -> None:
         torch.manual_seed(0 if resume is None else 99)  # a resumed run must not live on its own start
@@ -73,6 +74,7 @@ class Run:
             marks=marks,
             resume=resume,
             refresh=refresh,
+            refresh_interval=refresh_interval,
         )
         handlers.append(self.checkpoints)
         if monitor is not None:

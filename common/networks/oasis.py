@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..labels import NUM_CLASSES
 from ..transforms import one_hot
-from .spade import SLOPE, ModulatedGenerator, SpectralConv2d, check_halvable, initialise_plain
+from .sizes import check_halvable
+from .spade import SLOPE, ModulatedGenerator, SpectralConv2d, doubled, initialise_plain
 
 
 class OASISGenerator(ModulatedGenerator):
@@ -95,9 +96,9 @@ class UpBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) to (B, out, 2H, 2W)."""
-        h = self.conv1(_doubled(F.leaky_relu(x, SLOPE)))
+        h = self.conv1(doubled(F.leaky_relu(x, SLOPE)))
         h = self.conv2(F.leaky_relu(h, SLOPE))
-        return _doubled(self.shortcut(x)) + h
+        return doubled(self.shortcut(x)) + h
 
 
 class OASISDiscriminator(nn.Module):
@@ -156,7 +157,3 @@ class OASISDiscriminator(nn.Module):
         for block in self.up_blocks[1:]:
             h = block(torch.cat([h, skips.pop()], dim=1))
         return self.last(h)
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..labels import NUM_CLASSES
 from ..transforms import one_hot
+from .sizes import check_halvable
 
 
 class Pix2PixGenerator(nn.Module):
@@ -68,12 +69,9 @@ class Pix2PixGenerator(nn.Module):
         Raises:
             ValueError: a size that can't be halved at every level.
         """
-        height, width = image.shape[2:]
-        factor = 2 ** len(self.channels)
-        if height % factor or width % factor:
-            raise ValueError(f"slices of {height}x{width} can't be halved at every level; use multiples of {factor}")
+        check_halvable(image, 2 ** len(self.channels))
         if noise is None:
-            noise = torch.randn(len(image), *self.noise_shape(height, width), device=image.device)
+            noise = torch.randn(len(image), *self.noise_shape(*image.shape[2:]), device=image.device)
 
         x, skips = one_hot(image), []
         for down in self.downs:

@@ -20,7 +20,7 @@ Modulation = tuple[Tensor, Tensor]
 """γ and β of one norm, (B, C, H, W) each."""
 
 
-class SpadeGroupNorm(nn.GroupNorm):
+class SPADEGroupNorm(nn.GroupNorm):
     """GroupNorm that SPADE's γ and β scale and shift pixel by pixel.
 
     Args:
@@ -135,8 +135,8 @@ class SDMUNet(Denoiser):
             return Block(norm1, norm2, embedding_channels, **options)
 
         def spade_block(width: int, out: int, level: int, out_level: int, **options) -> Block:
-            norm1 = SpadeGroupNorm(norm_num_groups, width, NUM_CLASSES + edges, level)
-            norm2 = SpadeGroupNorm(norm_num_groups, out, NUM_CLASSES + edges, out_level)
+            norm1 = SPADEGroupNorm(norm_num_groups, width, NUM_CLASSES + edges, level)
+            norm2 = SPADEGroupNorm(norm_num_groups, out, NUM_CLASSES + edges, out_level)
             return Block(norm1, norm2, embedding_channels, **options)
 
         def attention(width: int, wanted: bool = True) -> SpatialAttentionBlock | None:
@@ -185,7 +185,7 @@ class SDMUNet(Denoiser):
         condition = self.condition_map(image)
         if not self.cache_modulation:
             return condition
-        return tuple(norm.encode(condition) for norm in self.modules() if isinstance(norm, SpadeGroupNorm))
+        return tuple(norm.encode(condition) for norm in self.modules() if isinstance(norm, SPADEGroupNorm))
 
     def encode_for_one_step(self, image: Tensor) -> Tensor:
         """Turn a label map into the condition map: γ and β are then gone as soon as their norm is computed."""

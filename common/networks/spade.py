@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from ..labels import NUM_CLASSES
 from ..transforms import one_hot
 from .modulation import SpatialModulation, modulate
+from .sizes import check_halvable
 
 SLOPE = 0.2
 """Of every leaky ReLU."""
@@ -141,7 +142,7 @@ class ModulatedGenerator(nn.Module):
         h = self.first(F.interpolate(condition, size=(height // factor, width // factor), mode="nearest"))
         for index, level in enumerate(self.levels):
             if index:
-                h = F.interpolate(h, scale_factor=2, mode="nearest")
+                h = doubled(h)
             for block in level:
                 h = block(h, condition)
         return torch.tanh(self.last(F.leaky_relu(h, SLOPE)))
@@ -218,11 +219,9 @@ class SPADEDiscriminator(nn.Module):
         return outputs
 
 
-def check_halvable(x: Tensor, factor: int) -> None:
-    """Raise ValueError unless the size of x (B, C, H, W) is a multiple of factor."""
-    height, width = x.shape[2:]
-    if height % factor or width % factor:
-        raise ValueError(f"slices of {height}x{width} can't be halved at every level; use multiples of {factor}")
+def doubled(x: Tensor) -> Tensor:
+    """Repeat each pixel twice in both directions."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _stack(widths: Sequence[int]) -> nn.ModuleList:

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..labels import NUM_CLASSES
 from ..transforms import edge_map, one_hot, scalar_map
+from .sizes import check_halvable
 
 
 class Denoiser(nn.Module):
@@ -73,10 +74,7 @@ class Denoiser(nn.Module):
         """
         if (image is None) == (condition is None):
             raise ValueError("give either image (the label map) or condition (what encode returned for it)")
-        factor = 2 ** (len(self.block_out_channels) - 1)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            size = "x".join(map(str, x.shape[2:]))
-            raise ValueError(f"slices of {size} can't be halved at every level; use multiples of {factor}")
+        check_halvable(x, 2 ** (len(self.block_out_channels) - 1))
         return self.denoise(x, timesteps, self.encode_for_one_step(image) if condition is None else condition)
 
 

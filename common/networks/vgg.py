@@ -52,12 +52,12 @@ class VGG19(nn.Module):
             ValueError: the file is damaged or holds other weights.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no VGG19 weights at {path}: name torchvision's file, or null to go without")
+            raise FileNotFoundError(f"no VGG19 weights at {path}: name torchvision's file, or leave vgg_weights out")
         weights = load_checkpoint(path)
         try:
             return cls(weights)
         except ValueError as error:
-            raise ValueError(f"{path} holds {error}: name torchvision's file, or null to go without") from error
+            raise ValueError(f"{path} holds {error}: name torchvision's file, or leave vgg_weights out") from error
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Pictures (B, 3, H, W) to relu1_1, relu2_1, ... relu5_1: (B, 64, H, W), ... (B, 512, H/16, W/16)."""
