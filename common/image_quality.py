@@ -48,7 +48,8 @@ class FeatureDistances(Metric):
         device: where the extractor works.
 
     Raises:
-        ValueError: an unknown plane, or a reference of something else (at once); features that aren't (B, F).
+        ValueError: an unknown plane, or a reference of other features (at once); features that aren't (B, F); a
+            reference of other slices (in the end).
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class FeatureDistances(Metric):
         else:
             real, of = self._known
             if of != fingerprint:
-                logger.warning("%s is of other slices than the real ones of this run", self.reference)
+                raise ValueError(f"{self.reference} is of other real slices than this run's: delete it or name another")
 
         results = {plane: self._distances(synthetic[plane], real[plane]) for plane in self.planes}
         if len(self.planes) == 1:

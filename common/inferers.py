@@ -117,6 +117,7 @@ class DiffusionSampler:
             "sampling_steps": self.steps,
             "sampler_options": self.options,
             "guidance_scale": self.guidance_scale,
+            "diffusion_steps": self.diffusion.num_train_timesteps,
         }
 
     def __call__(self, network: nn.Module, image: Tensor, noise: SliceNoise, callback: Callable[[], None]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -43,10 +44,12 @@ class MetricTable:
 
     Args:
         output_dir: folder to write into.
+        settings: how the metrics were computed, in plain values; those that are None were not.
     """
 
-    def __init__(self, output_dir: str | os.PathLike) -> None:
+    def __init__(self, output_dir: str | os.PathLike, settings: Mapping[str, object] | None = None) -> None:
         self.output_dir = Path(output_dir)
+        self.settings = {name: value for name, value in (settings or {}).items() if value is not None}
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator; must come after the handlers that leave metrics."""
@@ -73,7 +76,7 @@ class MetricTable:
         ]
         cases.sort(key=lambda case: case["case"])
         metrics = {name: float(value) for name, value in engine.state.metrics.items()}
-        content = {"metrics": metrics, "cases": cases}
+        content = {"metrics": metrics, "settings": self.settings, "cases": cases}
         with replacing(self.output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -86,6 +89,10 @@ class MetricTable:
         others = [(name, value) for name, value in metrics.items() if name not in of_slices]
         lines = [header, ["---"] * len(header), *rows]
         text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-        text += "".join(f"\n{name.replace('_', ' ')}: {value:.4g}\n" for name, value in others)
+        text += "".join(
+            f"\n{name.replace('_', ' ')}: {f'{value:,.0f}' if value.is_integer() else f'{value:.4g}'}\n"
+            for name, value in others
+        )
+        text += "".join(f"\n{name}: {value}\n" for name, value in self.settings.items())
         with replacing(self.output_dir / "metrics.md") as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -14,14 +14,19 @@ from monai.transforms import MapTransform
 from torch import Tensor, nn
 
 
-def with_predictions(cases: Sequence[dict[str, str]], folder: str | os.PathLike | None) -> list[dict[str, str]]:
+def with_predictions(
+    cases: Sequence[dict[str, str]], folder: str | os.PathLike | None, output_dir: str | os.PathLike
+) -> list[dict[str, str]]:
     """Add the synthetic CT of each case, `CASE_ct.nii.gz` in the folder, under the key `made`; without a folder none.
 
     Raises:
         FileNotFoundError: a case has none.
+        ValueError: the folder is `output_dir`, where the report on the volumes would replace the one on their making.
     """
     if folder is None:
         return list(cases)
+    if Path(folder).resolve() == Path(output_dir).resolve():
+        raise ValueError(f"predictions_dir and output_dir are both {folder}: name another output_dir")
     made = [{**case, "made": str(Path(folder) / f"{case['case']}_ct.nii.gz")} for case in cases]
     missing = [Path(case["made"]).name for case in made if not Path(case["made"]).is_file()]
     if missing:

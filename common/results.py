@@ -78,8 +78,8 @@ class CheckCases:
 class ResultWriter:
     """Write each case as it is done, `CASE_ct.nii.gz` and `CASE_preview.png`, and `report.json` about the run.
 
-    Reads from the engine's decollated batch `label_map`, the label map on its own grid, and, where there is one,
-    `real_hu`, the real CT in HU on that grid; from its output `pred`, the CT in HU on that grid. At the end
+    Reads from the engine's decollated batch `label_map`, the label map on its own grid, and from its output `pred`, the
+    CT in HU on that grid, and in evaluation `real`, the real CT as coarse as the synthetic one. At the end
     `report.html` shows the report and what the handlers of an evaluation have written. Under torchrun each process
     writes its own cases and the first one the report, with the cases of all when the run is complete.
 
@@ -129,7 +129,7 @@ class ResultWriter:
     def _finish_case(self, engine: Engine) -> None:
         seconds = round((time.perf_counter() - self._started) / len(engine.state.output), 2)
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self.cases.append({"case": item["case"], "seconds": seconds, **self._write_case(item, output["pred"])})
+            self.cases.append({"case": item["case"], "seconds": seconds, **self._write_case(item, output)})
             if idist.get_rank() == 0:
                 self._write_report(self.cases)
 
@@ -139,10 +139,10 @@ class ResultWriter:
             self._write_report(cases)
             write_html(self.output_dir)
 
-    def _write_case(self, item: dict, pred: torch.Tensor) -> dict:
+    def _write_case(self, item: dict, output: dict) -> dict:
         """Write one case's files and give what the report says about them."""
-        label_map, hu = _array(item["label_map"]), _array(pred)
-        real = _array(item["real_hu"]) if "real_hu" in item else None
+        label_map, hu = _array(item["label_map"]), _array(output["pred"])
+        real = _array(output["real"]) if "real" in output else None
         affine = np.asarray(item["label_map"].affine.cpu())
         ct, preview = (self.output_dir / f"{item['case']}_{what}" for what in ("ct.nii.gz", "preview.png"))
         save_ct(ct, hu, affine, file_name(item["label_map"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from os import PathLike
 from typing import NamedTuple
@@ -199,6 +200,20 @@ class CheckLabelMapd(MapTransform):
             check_label_map(spatial, file_name(data[key]))
             data[key] = volume.to(torch.uint8)
         return data
+
+
+class CheckHUd(MapTransform):
+    """Refuse CTs that can't be in HU: values that aren't finite, or all within [-1, 1].
+
+    Belongs right after `LoadVolumed`; messages name the file the volume came from.
+    """
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        for key in self.key_iterator(data):
+            low, high = (float(value) for value in torch.as_tensor(data[key]).aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)) or (low >= -1 and high <= 1):
+                raise ValueError(f"{file_name(data[key])}: values from {low:g} to {high:g} are no CT: give one in HU")
+        return dict(data)
 
 
 class CheckSameGeometryd(MapTransform):

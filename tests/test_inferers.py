@@ -204,6 +204,7 @@ def test_settings_tell_how_the_volume_was_made():
         "sampling_steps": 25,
         "sampler_options": {"eta": 1.0},
         "guidance_scale": 1.5,
+        "diffusion_steps": 1000,
         "seed": 4,
         "noise_correlation": 0.5,
         "precision": "float32",

@@ -19,13 +19,13 @@ def test_each_case_gets_the_volume_of_its_name(tmp_path):
     for k in range(3):
         (tmp_path / f"p.{k}_ct.nii.gz").touch()
     (tmp_path / "p.7_ct.nii.gz").touch()  # of a case that isn't evaluated
-    listed = with_predictions(cases(3), tmp_path)
+    listed = with_predictions(cases(3), tmp_path, "out")
     assert listed == [case | {"made": str(tmp_path / f"{case['case']}_ct.nii.gz")} for case in cases(3)]
-    assert with_predictions(cases(3), str(tmp_path)) == listed
+    assert with_predictions(cases(3), str(tmp_path), "out") == listed
 
 
 def test_without_a_folder_nothing_changes():
-    assert with_predictions(cases(2), None) == cases(2)
+    assert with_predictions(cases(2), None, "out") == cases(2)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_missing_volumes_are_named_with_the_remedy(tmp_path, there, said):
     for k in there:
         (tmp_path / f"p.{k}_ct.nii.gz").touch()
     with pytest.raises(FileNotFoundError) as caught:
-        with_predictions(cases(6), tmp_path)
+        with_predictions(cases(6), tmp_path, "out")
     remedy = "make them with configs/inference.yaml, or evaluate without predictions_dir"
     assert str(caught.value) == f"{tmp_path} lacks {said}: {remedy}"
 
 
 def test_a_folder_that_is_not_there_lacks_all():
     with pytest.raises(FileNotFoundError, match=r"^/nowhere lacks p\.0_ct\.nii\.gz: "):
-        with_predictions(cases(1), Path("/nowhere"))
+        with_predictions(cases(1), Path("/nowhere"), "out")
 
 
 def test_a_case_is_prepared_with_or_without_its_volume():
@@ -80,3 +80,8 @@ def test_the_original_takes_the_place_of_what_went_over_the_grid():
 def test_without_an_original_the_prediction_stays():
     data = {"pred": torch.rand(1, 2, 2, 2)}
     assert TakeMaded("pred", made_key="made_hu")(data)["pred"] is data["pred"]
+
+
+def test_a_run_is_not_evaluated_into_its_own_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"^predictions_dir and output_dir are both .*: name another output_dir$"):
+        with_predictions(cases(1), tmp_path / "sub" / "..", str(tmp_path))

@@ -199,7 +199,7 @@ def test_the_real_ct_stands_beside_the_synthetic_one(tmp_path):
     item, output = case(tmp_path, "first", 6)
     real = torch.full((1, 8, 8, 8), -1000.0)
     real[:, :4] = 90.0
-    measured = report_of(run(tmp_path, [(item | {"real_hu": MetaTensor(real)}, output)]))["cases"][0]
+    measured = report_of(run(tmp_path, [(item, output | {"real": MetaTensor(real)})]))["cases"][0]
     assert measured["hu_histogram"] == {
         "synthetic": {"liver": bins({40: 256}), "body": bins({-40: 128, -20: 128})},
         "real": {"liver": bins({80: 256}), "body": bins({-160: 256})},

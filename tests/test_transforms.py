@@ -13,6 +13,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
 from common.transforms import (
     NO_CONDITION,
+    CheckHUd,
     CheckLabelMapd,
     CheckSameGeometryd,
     LabelMapError,
@@ -185,3 +186,16 @@ def test_hu_go_through_the_network_space_and_back_with_air_where_the_label_map_h
     filled = ToHUd("ct", "label", air_outside_body=True)(item)["ct"]
     assert filled.tolist() == [[[-1000, -160, 40, -1000]]]
     assert filled.dtype == torch.int16
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-1, 1), (float("nan"), 200), (-160, float("inf"))])
+def test_what_is_no_ct_in_hu_is_refused(low, high):
+    volume = MetaTensor(torch.tensor([low, high]).reshape(1, 2, 1, 1), meta={"filename_or_obj": "folder/case.nii.gz"})
+    with pytest.raises(ValueError, match=r"case\.nii\.gz: values from .* to .* are no CT: give one in HU$"):
+        CheckHUd("ct")({"ct": volume})
+
+
+def test_a_ct_in_hu_passes():
+    for values in ([-1024.0, 3071.0], [40.0, 40.0], [0.0, 1.5]):
+        ct = torch.tensor(values).reshape(1, 2, 1, 1)
+        assert CheckHUd(["ct", "made"], allow_missing_keys=True)({"ct": ct})["ct"] is ct
