@@ -103,7 +103,8 @@ class Checkpoints:
         if idist.get_rank() > 0:
             return
         content = {name: part.state_dict() for name, part in self.state.items()}
-        content |= {"iteration": engine.state.iteration, "random": random_states.reshape(idist.get_world_size(), -1)}
+        content |= {"facts": self.facts, "iteration": engine.state.iteration}
+        content["random"] = random_states.reshape(idist.get_world_size(), -1)
         if engine.scaler is not None:
             content["scaler"] = engine.scaler.state_dict()
         save_checkpoint(self.output_dir / "checkpoint.pt", content)
@@ -118,6 +119,11 @@ class Checkpoints:
     def load(self, engine: Engine) -> None:
         """Take everything up from the checkpoint to resume from."""
         content = load_checkpoint(self.resume)
+        origin = content.get("facts", self.facts)
+        if origin != self.facts:
+            raise ValueError(
+                f"{self.resume} is of {origin}, this run of {self.facts}: resume with the configs and options of then"
+            )
         missing = (self.state.keys() | {"iteration", "random"}) - content.keys()
         if missing:
             raise ValueError(f"{self.resume} lacks {', '.join(sorted(missing))}: resume from a checkpoint.pt")

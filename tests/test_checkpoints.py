@@ -151,6 +151,14 @@ def test_resuming_from_another_network_is_refused_in_one_line(tmp_path):
     assert str(tmp_path / "checkpoint.pt") in one_line(caught.value) and "another network" in str(caught.value)
 
 
+def test_resuming_a_run_on_slices_of_another_size_is_refused(tmp_path):
+    run = DenoiserRun(tmp_path / "first", 2)
+    run.checkpoints.facts = {"bundle": "abdominal_ct_test", "image_size": 64}
+    run()
+    with pytest.raises(ValueError, match=r"is of .*'image_size': 64.*: resume with the configs .* of then$"):
+        DenoiserRun(tmp_path / "second", 4, resume=tmp_path / "first" / "checkpoint.pt")()
+
+
 def test_resuming_from_weights_is_refused_with_what_they_lack(tmp_path):
     save_weights(tmp_path / "model.pt", TinyDenoiser().state_dict(), {"bundle": "abdominal_ct_test"})
     with pytest.raises(ValueError) as caught:
