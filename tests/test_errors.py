@@ -39,7 +39,7 @@ def test_what_we_raise_on_purpose_is_one_line(printed):
 
 def test_a_bug_of_ours_keeps_its_traceback(printed):
     text = printed(lambda: axial_slices([{}]))
-    assert "Traceback" in text and "KeyError: 'pred_slices'" in text and "Failed to instantiate" in text
+    assert "Traceback" in text and "KeyError: 'mask_slices'" in text and "Failed to instantiate" in text
 
 
 def test_an_error_of_others_keeps_its_traceback(printed):

@@ -235,7 +235,7 @@ def test_totalsegmentator_runs_through_adapter_and_handler_to_a_dice_table(home,
     # the table: Dice as sets of voxels give it
     with open(tmp_path / "output" / "organ_dice.csv", newline="") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
-    assert list(rows) == list(cases)
+    assert list(rows) == sorted(cases)
     dice = {case: {} for case in cases}
     for (case, (label, _, _)), segmentation in zip(cases.items(), segmentations, strict=True):
         for organ in ORGANS[:14]:
