@@ -172,7 +172,7 @@ def test_json_has_everything_in_full(tmp_path):
     far, near = constant_ssim(0.1), constant_ssim(0.01)
     expected = [("a", 3, (1 + 2 * far) / 3, 140 / 3), ("b", 1, near, 40.0), ("c, last", 2, (far + near) / 2, 30.0)]
     found = content(tmp_path)
-    assert found.keys() == {"metrics", "cases"}
+    assert found.keys() == {"metrics", "settings", "cases"}
     assert [tuple(case) for case in found["cases"]] == 3 * [("case", "slices", "SSIM", "PSNR")]
     for case, row in zip(found["cases"], expected, strict=True):
         assert tuple(case.values())[:2] == row[:2]
@@ -188,7 +188,7 @@ def test_what_is_no_value_of_slices_stands_below_the_table(tmp_path):
     lines = (tmp_path / "metrics.md").read_text().splitlines()
     assert lines[0] == "| case | slices | SSIM | PSNR |"
     assert lines[5].startswith("| **all slices** | 6 | ")
-    assert lines[6:] == ["", "dice right kidney: 0.1235", "", "FID: 87.65", "", "n: 1234"]
+    assert lines[6:] == ["", "dice right kidney: 0.1235", "", "FID: 87.65", "", "n: 1,234"]
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert next(csv.reader(file)) == ["case", "slices", "SSIM", "PSNR"]
 
