@@ -15,7 +15,7 @@ import torch
 from monai.metrics import FIDMetric
 from torch import Tensor
 
-from common.fid import FeatureStatistics, frechet_distance, kernel_distance
+from common.evaluation.fid import FeatureStatistics, frechet_distance, kernel_distance
 
 SLICES, FEATURES, BATCH = 3000, 2048, 100
 

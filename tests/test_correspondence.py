@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 
-from common.correspondence import OrganDice, mean_dice, organ_dice
+from common.evaluation.correspondence import OrganDice, mean_dice, organ_dice
 from common.labels import ORGANS
 from common.phantom import phantom
 

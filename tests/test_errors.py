@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from common.errors import report_in_one_line
+from common.evaluation.metrics import axial_slices
 from common.inferers import DiffusionSampler, VolumeNoise
-from common.metrics import axial_slices
 
 
 @pytest.fixture

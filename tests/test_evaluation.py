@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common.bundle import load_weights, save_weights
-from common.fid import frechet_distance
+from common.evaluation.fid import frechet_distance
 from common.labels import ORGANS
 from common.networks.unet import GuidedUNet
 from common.phantom import phantom, write_dataset

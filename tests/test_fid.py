@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from common.fid import FeatureStatistics, frechet_distance, kernel_distance
+from common.evaluation.fid import FeatureStatistics, frechet_distance, kernel_distance
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.ndimage import find_objects, label
 
-from common.figure import fullest, main
+from common.evaluation.figure import fullest, main
 from common.labels import BODY, CLASSES
 
 SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, LIVER = 1, 2, 3, 6
@@ -21,7 +21,7 @@ SPACING = (2.0, 3.0, 5.0)
 
 @pytest.fixture(autouse=True)
 def _fewer_pixels(monkeypatch):
-    monkeypatch.setattr("common.figure.DPI", 100)
+    monkeypatch.setattr("common.evaluation.figure.DPI", 100)
 
 
 def marked_corner() -> tuple[np.ndarray, np.ndarray]:

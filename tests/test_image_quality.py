@@ -15,8 +15,8 @@ from monai.bundle import ConfigParser
 from monai.metrics import SSIMMetric
 from torch import nn
 
-from common.fid import frechet_distance, kernel_distance
-from common.image_quality import FeatureDistances, MultiScaleSSIM
+from common.evaluation.fid import frechet_distance, kernel_distance
+from common.evaluation.image_quality import FeatureDistances, MultiScaleSSIM
 
 SETTINGS = {"subsets": 4, "subset_size": 20, "seed": 3}
 
@@ -145,10 +145,14 @@ def test_config_of_planes():
     config = {
         "planes": ["xy", "yz", "xz"],
         "metric": {
-            "_target_": "common.image_quality.FeatureDistances",
+            "_target_": "common.evaluation.image_quality.FeatureDistances",
             "extractor": {"_target_": f"{__name__}.Pooled"},
             "planes": "@planes",
-            "output_transform": {"_target_": "common.planes.plane_pairs", "_mode_": "callable", "planes": "@planes"},
+            "output_transform": {
+                "_target_": "common.evaluation.planes.plane_pairs",
+                "_mode_": "callable",
+                "planes": "@planes",
+            },
         },
     }
     found = evaluate(ConfigParser(config).get_parsed_content("metric"), [[volumes]])

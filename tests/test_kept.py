@@ -11,8 +11,8 @@ from monai.data import MetaTensor
 from torch import nn
 
 from common.diffusion import GaussianDiffusion
+from common.evaluation.kept import KeptSegmentations, KeptVolumes
 from common.inferers import DiffusionSampler, GeneratorPass, VolumeInferer
-from common.kept import KeptSegmentations, KeptVolumes
 
 AFFINE = torch.diag(torch.tensor([-2.0, -2.0, 5.0, 1.0], dtype=torch.float64))
 

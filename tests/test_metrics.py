@@ -17,7 +17,7 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import SSIMMetric
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from common.metrics import MAX_PSNR, CappedPSNR, MetricTable, axial_slices
+from common.evaluation.metrics import MAX_PSNR, CappedPSNR, MetricTable, axial_slices
 
 
 def pairs(count: int = 5, side: int = 40) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,10 @@ import pytest
 from scipy.ndimage import binary_erosion
 from scipy.ndimage import label as components
 
-from common.anatomy import CODES, TISSUES
-from common.canvas import Blob, Canvas, Structure, Tube, mirrored, smooth_field
 from common.labels import BODY, NUM_CLASSES, ORGANS
 from common.phantom import FIELD_OF_VIEW, Phantom, main, phantom, tissue_values, write_dataset
+from common.phantom.anatomy import CODES, TISSUES
+from common.phantom.canvas import Blob, Canvas, Structure, Tube, mirrored, smooth_field
 
 NAMES = {organ.name: organ.id for organ in ORGANS}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.metrics import axial_slices
-from common.planes import PLANES, plane_pairs, plane_slices
+from common.evaluation.metrics import axial_slices
+from common.evaluation.planes import PLANES, plane_pairs, plane_slices
 
 SHAPE = (3, 4, 5)  # rows (y), columns (x), slices (z)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.predictions import MadeOrSampled, TakeMaded, prepare_case, with_predictions
+from common.evaluation.predictions import MadeOrSampled, TakeMaded, prepare_case, with_predictions
 
 
 def cases(count: int) -> list[dict[str, str]]:

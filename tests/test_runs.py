@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.runs import read_run
+from common.evaluation.runs import read_run
 
 WEIGHTS = {
     "file": "models/model.pt",

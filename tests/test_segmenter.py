@@ -16,10 +16,16 @@ import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 
-from common.correspondence import OrganDice
+from common.evaluation.correspondence import OrganDice
+from common.evaluation.segmenter import (
+    TOTALSEGMENTATOR_V1,
+    TOTALSEGMENTATOR_V2,
+    BundleSegmenter,
+    TotalSegmentator,
+    relabel,
+)
 from common.labels import ORGANS
 from common.phantom import phantom
-from common.segmenter import TOTALSEGMENTATOR_V1, TOTALSEGMENTATOR_V2, BundleSegmenter, TotalSegmentator, relabel
 
 NAMES = {
     **{1: "spleen", 2: "kidney_right", 3: "kidney_left", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach"},

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from common.data import AMOS_TEST_IDS
+from common.evaluation.paper import COLUMNS, METHODS, TABLE_1, TABLE_2
+from common.evaluation.tables import main
 from common.labels import ORGANS
-from common.paper import COLUMNS, METHODS, TABLE_1, TABLE_2
-from common.tables import main
 
 FILES = {"tables.md", "tables.html", "table_1.csv", "table_2.csv", "runs.csv"}
 HEADER = [

@@ -1,6 +1,7 @@
 """The paper's figure 4: label maps, what each method makes of them, and the real CT, slice beside slice.
 
-    python -m common.figure --masks labelsVa --real imagesVa --slices amos_0008:20,45 RUN NAME=RUN ... --output f.png
+    python -m common.evaluation.figure --masks labelsVa --real imagesVa --slices amos_0008:20,45 \\
+        --output figure.png RUN NAME=RUN ...
 
 A RUN is the output folder of an inference or evaluation (see `tables`).
 """
@@ -18,14 +19,14 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .body import with_body
-from .data import mask_list
-from .files import replacing
-from .geometry import Orientation
-from .labels import BACKGROUND, BODY, CLASSES
-from .report import colorize, label_histogram
+from ..body import with_body
+from ..data import mask_list
+from ..files import replacing
+from ..geometry import Orientation
+from ..labels import BACKGROUND, BODY, CLASSES
+from ..report import colorize, label_histogram
+from ..transforms import HU_WINDOW, check_label_map, check_same_geometry, load_volume
 from .runs import Run, read_run
-from .transforms import HU_WINDOW, check_label_map, check_same_geometry, load_volume
 
 CELL = 2.0
 """Width of a picture in inches."""
@@ -174,7 +175,7 @@ def _slices(arguments: Sequence[str]) -> dict[str, list[int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The paper's figure 4: label maps, what each method makes of them, and the real CT."""
-    parser = argparse.ArgumentParser(prog="python -m common.figure", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m common.evaluation.figure", description=main.__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="output folder of an inference or evaluation")
     parser.add_argument("--masks", type=Path, required=True, help="folder of the label maps")
     parser.add_argument("--real", type=Path, required=True, help="folder of the real CTs")

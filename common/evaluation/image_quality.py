@@ -16,7 +16,7 @@ from ignite.metrics import Metric
 from monai.metrics import MultiScaleSSIMMetric
 from torch import Tensor, nn
 
-from .bundle import load_checkpoint, save_checkpoint
+from ..bundle import load_checkpoint, save_checkpoint
 from .fid import FeatureStatistics, frechet_distance, kernel_distance
 from .planes import PLANES
 

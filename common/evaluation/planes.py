@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .labels import BACKGROUND
+from ..labels import BACKGROUND
 
 PLANES = {"xy": 3, "yz": 2, "xz": 1}
 """Axial, sagittal, coronal, and which axis of a volume on the network grid (1, H, W, D) counts their slices."""

@@ -12,9 +12,9 @@ import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 
-from .distributed import gather
-from .files import replacing
-from .labels import CLASSES
+from ..distributed import gather
+from ..files import replacing
+from ..labels import CLASSES
 from .segmenter import Segmenter
 
 COMPARED = tuple(range(1, 15))

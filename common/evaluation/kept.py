@@ -14,9 +14,9 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor, nn
 
-from .bundle import load_checkpoint, save_checkpoint
-from .files import sha256
-from .inferers import VolumeInferer
+from ..bundle import load_checkpoint, save_checkpoint
+from ..files import sha256
+from ..inferers import VolumeInferer
 from .segmenter import Segmenter
 
 

@@ -17,10 +17,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from ..files import replacing
+from ..labels import BODY, CLASSES, NUM_CLASSES
 from .anatomy import BONES, CODES, COLON, FRAME, ORGAN_TABLE, SEX_ORGANS, TISSUES, VESSELS, mesentery, small_bowel
 from .canvas import Canvas, smooth_field, smooth_max, vary
-from .files import replacing
-from .labels import BODY, CLASSES, NUM_CLASSES
 
 FIELD_OF_VIEW = (400.0, 310.0, 400.0)
 """The trunk with some air around it, in mm: what the default spacing fits into the shape."""
@@ -240,7 +240,3 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..labels import BODY, ORGANS
 from .canvas import Blob, Structure, Tube, paired
-from .labels import BODY, ORGANS
 
 
 class Tissue(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.metrics import PSNRMetric
 
-from .distributed import gather
-from .files import replacing
+from ..distributed import gather
+from ..files import replacing
 from .planes import plane_pairs
 
 MAX_PSNR = 100.0

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from .bundle import load_checkpoint
-from .files import sha256
-from .labels import ORGANS
+from ..bundle import load_checkpoint
+from ..files import sha256
+from ..labels import ORGANS
 
 
 class Segmenter(Protocol):

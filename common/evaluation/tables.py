@@ -1,6 +1,6 @@
 """The paper's Tables 1 and 2, ours beside the paper's figures:
 
-    python -m common.tables RUN NAME=RUN ... --output tables/
+    python -m common.evaluation.tables RUN NAME=RUN ... --output tables/
 
 A RUN is the output folder of an evaluation. What made its volumes and how long it was trained is known from the
 weights; a NAME goes before it where it isn't, or where two runs would have the same name.
@@ -17,8 +17,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from .data import AMOS_TEST_IDS
-from .files import replacing
+from ..data import AMOS_TEST_IDS
+from ..files import replacing
 from .paper import COLUMNS, IMAGE_SIZE, TABLE_1, TABLE_2, TABLE_2_ITERATIONS, TEST_CASES, TEST_SLICES
 from .runs import Run, read_run
 
@@ -232,7 +232,7 @@ def write_tables(runs: Sequence[Run], output: str | os.PathLike) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The paper's Tables 1 and 2 with our runs beside them, as Markdown, HTML and CSV."""
-    parser = argparse.ArgumentParser(prog="python -m common.tables", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m common.evaluation.tables", description=main.__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="output folder of an evaluation")
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     options = parser.parse_args(arguments)
