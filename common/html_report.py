@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from .faithfulness import SPREADS
 from .files import replacing
 from .labels import CLASSES, LabelClass
-from .markup import UNKNOWN, cards, columns, definitions, folded, histogram, page, picture, section, table
+from .markup import UNKNOWN, cards, columns, definitions, folded, histogram, number, page, picture, section, table
+from .records import read_dice, read_metrics, read_report
 
 COLORS = {c.name: "rgb({}, {}, {})".format(*c.color) for c in CLASSES}
 
@@ -38,41 +37,18 @@ Dice = Mapping[str, Mapping[str, float]]
 def write_html(output_dir: str | os.PathLike) -> Path:
     """Write `report.html` beside the `report.json` of a run, and give its path.
 
-    `metrics.json` and `organ_dice.csv` join in, unless they are older than the run: another one left them.
-
     Raises:
         FileNotFoundError: no `report.json` there.
         ValueError: a damaged one, or one of a version that reported less.
     """
     folder = Path(output_dir)
-    if not (folder / "report.json").is_file():
-        raise FileNotFoundError(f"no report.json in {folder}: name the output_dir of an inference or evaluation")
-    report = _read(folder / "report.json")
-    if "started" not in report:
-        raise ValueError(f"{folder / 'report.json'} is of an earlier version: run inference or evaluation again")
-    since = datetime.fromisoformat(report["started"]).timestamp()
-    metrics: dict = {"metrics": {}, "cases": []}
-    if _is_of_run(folder / "metrics.json", since):
-        metrics = _read(folder / "metrics.json")
-    dice: Dice = {}
-    if _is_of_run(folder / "organ_dice.csv", since):
-        with open(folder / "organ_dice.csv", newline="", encoding="utf-8") as file:
-            dice = {row.pop("case"): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+    report = read_report(folder)
+    metrics = read_metrics(folder, report) or {"metrics": {}, "cases": []}
     with replacing(folder / "report.html") as temporary:
+        text = _page(folder, report, metrics, read_dice(folder, report))
         # File names may hold bytes that are no UTF-8.
-        temporary.write_text(_page(folder, report, metrics, dice), encoding="utf-8", errors="xmlcharrefreplace")
+        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
     return folder / "report.html"
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run inference or evaluation again") from error
-
-
-def _is_of_run(path: Path, since: float) -> bool:
-    return path.is_file() and path.stat().st_mtime >= since
 
 
 def _page(folder: Path, report: dict, metrics: dict, dice: Dice) -> str:
@@ -80,7 +56,7 @@ def _page(folder: Path, report: dict, metrics: dict, dice: Dice) -> str:
     name = "volumes made earlier" if weights is None else weights.get("bundle", Path(weights["file"]).name)
     # Each organ's Dice stands in the table of classes.
     shown = {k: v for k, v in metrics["metrics"].items() if not k.startswith("dice_") or k == "dice_mean"}
-    summary = [cards({_words(k): _significant(v) for k, v in shown.items()})] if shown else []
+    summary = [cards({_words(k): number(v) for k, v in shown.items()})] if shown else []
     return page(
         name,
         f"Synthetic CT: a run of {len(cases)} {'case' if len(cases) == 1 else 'cases'}",
@@ -172,7 +148,7 @@ def _case_rows(cases: Sequence[dict], metrics: Sequence[dict], dice: Dice) -> li
             "file": case["ct"],
             "shape": " × ".join(map(str, case["shape"])),
             "seconds": f"{case['seconds']:.2f}",
-            **{name: _significant(measured.get(case["case"], {}).get(name)) for name in names},
+            **{name: number(measured.get(case["case"], {}).get(name)) for name in names},
             "deviation, HU": _mean([case["faithfulness"]], "hu_deviation", 1),
             "edge alignment": _mean([case["faithfulness"]], "edge_alignment", 3),
             "mean Dice": _mean([{"dice": value} for value in dice.get(case["case"], {}).values()], "dice", 4),
@@ -207,13 +183,6 @@ def _mean(entries: Sequence[Mapping[str, float | None]], key: str, digits: int) 
     """The mean over those entries that know the value, as text."""
     known = [entry[key] for entry in entries if entry.get(key) is not None]
     return f"{sum(known) / len(known):.{digits}f}" if known else UNKNOWN
-
-
-def _significant(value: float | None) -> str:
-    """Four digits; whole numbers in full."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _words(name: str) -> str:

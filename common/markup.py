@@ -23,7 +23,7 @@ header { padding-top: 36px; }
 h1 { margin: 0; font-size: 27px; overflow-wrap: anywhere; }
 h2 { margin: 0 0 4px; font-size: 19px; }
 h3 { margin: 24px 0 8px; font-size: 16px; overflow-wrap: anywhere; }
-p { margin: 0 0 12px; color: var(--soft); max-width: 80ch; }
+p, li { margin: 0 0 12px; color: var(--soft); max-width: 80ch; }
 section { margin: 20px 0; padding: 20px 24px; background: var(--paper); border: 1px solid var(--line);
   border-radius: 10px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 8px 32px; }
@@ -51,6 +51,13 @@ details { margin: 10px 0 0; }
 summary { cursor: pointer; color: var(--accent); }
 @media print { body { background: none; } section { border: none; padding: 0; } }
 """
+
+
+def number(value: float | None) -> str:
+    """A number in four digits, a whole one in full, None as `UNKNOWN`."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def page(title: str, subtitle: str, *content: str) -> str:
@@ -82,6 +89,11 @@ def definitions(title: str, facts: Mapping[str, str]) -> str:
     """A list of names and values under a smaller heading."""
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return f"<div><h3>{escape(title)}</h3><dl>{terms}</dl></div>\n"
+
+
+def bullets(texts: Sequence[str]) -> str:
+    """A list of sentences."""
+    return "<ul>\n" + "".join(f"<li>{escape(text)}</li>\n" for text in texts) + "</ul>\n"
 
 
 def cards(values: Mapping[str, str]) -> str:

@@ -59,6 +59,14 @@ def _by_class(label_map: np.ndarray, hu: np.ndarray) -> Iterator[tuple[str, np.n
             yield c.name, values
 
 
+def fullest_slice(label_map: np.ndarray, axis: int) -> int:
+    """The slice along an axis (of three) that shows the most organs, and of several the one that shows most of them."""
+    others = tuple(a for a in range(3) if a != axis)
+    kinds = sum((label_map == c.id).any(axis=others).astype(int) for c in ORGANS)
+    share = np.isin(label_map, [c.id for c in ORGANS]).mean(axis=others)
+    return int(np.argmax(kinds + share))
+
+
 def save_preview(path: str | os.PathLike, label_map: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> None:
     """Write a PNG of three planes through the organs, the mask above the CT.
 
@@ -72,9 +80,7 @@ def save_preview(path: str | os.PathLike, label_map: np.ndarray, hu: np.ndarray,
     orientation = Orientation.of(affine)
     labels, ct = (orientation.apply(torch.from_numpy(np.ascontiguousarray(v))).numpy() for v in (label_map, hu))
     spacing = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)[list(orientation.order)]
-    # the slice of each direction that shows the most organs, then the most of them
-    organs = (labels > 0) & (labels <= len(ORGANS))
-    row, column, level = (_fullest(labels, organs, axis) for axis in range(3))
+    row, column, level = (fullest_slice(labels, axis) for axis in range(3))
     planes = {
         "axial": (lambda v: v[:, :, level], spacing[0] / spacing[1]),
         "coronal": (lambda v: v[row].T[::-1], spacing[2] / spacing[1]),
@@ -89,10 +95,3 @@ def save_preview(path: str | os.PathLike, label_map: np.ndarray, hu: np.ndarray,
             ax.set_axis_off()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=80)
-
-
-def _fullest(labels: np.ndarray, organs: np.ndarray, axis: int) -> int:
-    others = tuple(a for a in range(3) if a != axis)
-    kinds = sum((labels == c.id).any(axis=others).astype(int) for c in ORGANS)
-    share = organs.mean(axis=others)
-    return int(np.argmax(kinds + share))

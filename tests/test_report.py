@@ -12,9 +12,17 @@ from matplotlib.image import imread
 from scipy.ndimage import find_objects, label
 
 from common.labels import BODY, CLASSES
-from common.report import HU_BINS, colorize, hu_histogram, hu_statistics, label_histogram, save_preview
+from common.report import (
+    HU_BINS,
+    colorize,
+    fullest_slice,
+    hu_histogram,
+    hu_statistics,
+    label_histogram,
+    save_preview,
+)
 
-LIVER = 6
+SPLEEN, LIVER = 1, 6
 
 
 def test_colors_are_those_of_the_classes():
@@ -133,6 +141,16 @@ def test_the_ct_stands_below_its_mask(picture):
     bright = blocks((picture[middle:] > 250).all(-1))
     for mask, ct in zip(liver, bright, strict=True):
         assert abs(mask[1].start - ct[1].start) <= 2 and abs(mask[1].stop - ct[1].stop) <= 2
+
+
+def test_the_slice_with_most_organs_is_fullest():
+    labels = np.full((8, 8, 6), BODY, np.uint8)
+    labels[1:7, 1:7, 1], labels[7, :, 1] = LIVER, 0  # much of one; background is no organ
+    labels[2, 2, 2:5] = SPLEEN
+    labels[3, 3, 2:5] = LIVER
+    labels[4, 4, 3] = LIVER  # as many organs as its neighbours, but more of them
+    for axis, moved in ((2, labels), (0, labels.T), (1, labels.transpose(0, 2, 1))):
+        assert fullest_slice(moved, axis) == 3
 
 
 def test_planes_go_through_the_slice_with_most_organs(tmp_path):

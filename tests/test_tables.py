@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -91,6 +90,7 @@ def evaluated(tmp_path):
         folder.mkdir()
         weights = {"file": "model.pt", "sha256": "0123456789abcdef" * 4, "bundle": bundle, "iteration": iteration}
         report = {
+            "started": "2026-01-01T00:00:00+00:00",
             "weights": weights | {"image_size": image_size} if bundle else None,
             "settings": {"sampler": "ddpm", "sampler_options": {}, "seed": 0} if bundle else None,
             "cases": [{"case": case, "ct": f"{case}_ct.nii.gz"} for case in cases],
@@ -98,6 +98,9 @@ def evaluated(tmp_path):
         slices = [120, *[90] * (len(cases) - 1)]
         content = {
             "metrics": metrics,
+            "settings": {"Dice": {"segmenter": "TotalSegmentator", "version": "2.18.0", "fast": True}}
+            if bundle
+            else {},
             "cases": [{"case": case, "slices": count} for case, count in zip(cases, slices, strict=True)],
         }
         (folder / "report.json").write_text(json.dumps(report))
@@ -245,7 +248,7 @@ def test_a_method_of_the_paper_by_name_stands_beside_it(evaluated, tables):
 
 
 def test_what_was_not_measured_is_an_en_dash_and_empty_in_csv(evaluated, tables, tmp_path):
-    some = {"PSNR": 16.0, "SSIM": 0.6, "FID": math.nan, "dice_liver": 0.9, "dice_bladder": 0.0, "dice_mean": 0.45}
+    some = {"PSNR": 16.0, "SSIM": 0.6, "FID": None, "dice_liver": 0.9, "dice_bladder": 0.0, "dice_mean": 0.45}
     one, _, listed = tables(evaluated("run", metrics=some))
     (ours,) = (row for row in one if row[2] == "ours")
     assert ours[6:] == ["–", "16.00", "0.600", "–", "90.0", *["–"] * 11, "0.0"]
@@ -263,11 +266,13 @@ def test_fid_of_several_planes_is_the_axial_one_as_in_the_paper(evaluated, table
 def test_the_runs_are_listed_with_what_made_them(evaluated, tables):
     listed = tables(evaluated("run"), f"Theirs={evaluated('theirs', None)}")[2]
     assert listed[0] == [
-        *("Iter.", "Method", "Size", "Cases", "Slices", "KID↓", "MS-SSIM↑", "Dice↑", "Sampling", "Weights, SHA-256")
+        *("Iter.", "Method", "Size", "Cases", "Slices", "KID↓", "MS-SSIM↑", "Dice↑"),
+        *("Segmenter", "Sampling", "Weights, SHA-256"),
     ]
     facts = ["150,000", "Mask-guided DDPM", "256", "2", "210"]
-    assert listed[1] == [*facts, "0.0046", "0.712", "80.3", "sampler ddpm, seed 0", "0123456789ab"]
-    assert listed[2] == ["–", "Theirs", "–", "2", "210", "0.0046", "0.712", "80.3", "–", "–"]
+    segmenter = "segmenter TotalSegmentator, version 2.18.0, fast True"
+    assert listed[1] == [*facts, "0.0046", "0.712", "80.3", segmenter, "sampler ddpm, seed 0", "0123456789ab"]
+    assert listed[2] == ["–", "Theirs", "–", "2", "210", "0.0046", "0.712", "80.3", "–", "–", "–"]
 
 
 # -------------------------------------------------------------------------------------------------------- the formats
@@ -337,5 +342,5 @@ def test_runs_without_measurements_or_origin_are_refused(evaluated, refused, tmp
     run, theirs = evaluated("run"), evaluated("theirs", None)
     assert "give it a name, NAME=" in refused(run, theirs)
     Path(run, "metrics.json").unlink()
-    assert "metrics.json: evaluate with configs/evaluate.yaml" in refused(run)
+    assert f"no metrics.json of the run in {run}: evaluate with configs/evaluate.yaml" in refused(run)
     assert "report.json: name the output_dir" in refused(str(tmp_path / "nowhere"))

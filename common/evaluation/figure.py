@@ -24,7 +24,7 @@ from ..data import mask_list
 from ..files import replacing
 from ..geometry import Orientation
 from ..labels import BACKGROUND, BODY, CLASSES
-from ..report import colorize, label_histogram
+from ..report import colorize, fullest_slice
 from ..transforms import HU_WINDOW, check_label_map, check_same_geometry, load_volume
 from .runs import Run, read_run
 
@@ -55,12 +55,6 @@ class Strip(NamedTuple):
     aspect: float
 
 
-def fullest(labels: np.ndarray) -> int:
-    """The slice (of rows, columns, slices) that shows the most organs; of several the lowest."""
-    others = {CLASSES[BACKGROUND].name, CLASSES[BODY].name}
-    return max(range(labels.shape[2]), key=lambda level: len(label_histogram(labels[:, :, level]).keys() - others))
-
-
 def cut_strips(case: str, levels: Sequence[int], mask: Path, real: Path, synthetic: Sequence[Path]) -> list[Strip]:
     """Slices of one case; of a label map without the body class it is made from the real CT, as for the networks.
 
@@ -80,7 +74,7 @@ def cut_strips(case: str, levels: Sequence[int], mask: Path, real: Path, synthet
         ids = with_body(ids, affine, ct.as_tensor())
     orientation = Orientation.of(affine)
     labels = orientation.apply(ids).numpy()
-    levels = list(levels) or [fullest(labels)]
+    levels = list(levels) or [fullest_slice(labels, axis=2)]
     absent = [level for level in levels if not 0 <= level < labels.shape[2]]
     if absent:
         raise ValueError(f"{case} has no slice {absent[0]}: choose from 0 (feet) to {labels.shape[2] - 1} (head)")

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -15,6 +16,7 @@ from monai.metrics import PSNRMetric
 
 from ..distributed import gather
 from ..files import replacing
+from ..markup import number
 from .planes import plane_pairs
 
 MAX_PSNR = 100.0
@@ -75,7 +77,8 @@ class MetricTable:
             for i, (case, count) in enumerate(counts)
         ]
         cases.sort(key=lambda case: case["case"])
-        metrics = {name: float(value) for name, value in engine.state.metrics.items()}
+        # JSON has no word for what isn't a number, such as the Dice of an organ that no case has.
+        metrics = {name: None if isnan(value) else float(value) for name, value in engine.state.metrics.items()}
         content = {"metrics": metrics, "settings": self.settings, "cases": cases}
         with replacing(self.output_dir / "metrics.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -89,10 +92,7 @@ class MetricTable:
         others = [(name, value) for name, value in metrics.items() if name not in of_slices]
         lines = [header, ["---"] * len(header), *rows]
         text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-        text += "".join(
-            f"\n{name.replace('_', ' ')}: {f'{value:,.0f}' if value.is_integer() else f'{value:.4g}'}\n"
-            for name, value in others
-        )
+        text += "".join(f"\n{name.replace('_', ' ')}: {number(value)}\n" for name, value in others)
         text += "".join(f"\n{name}: {value}\n" for name, value in self.settings.items())
         with replacing(self.output_dir / "metrics.md") as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from ..records import read_metrics, read_report
 from .paper import METHODS
 
 
@@ -15,36 +14,27 @@ class Run(NamedTuple):
 
     Attributes:
         folder: where it is.
-        started: when, in seconds since 1970; 0 where nobody knows.
         method: what made the volumes.
         iterations: of the training; None where nobody knows.
         image_size: of the slices that the network makes, pixels along a side; None where nobody knows.
         weights: SHA-256 of their file, None of volumes that were made elsewhere.
         settings: of the sampling; empty of volumes that were made elsewhere.
         volumes: the synthetic CTs by case.
+        metrics: all that was measured, by name; None is not a number. Empty where this run measured nothing.
+        slices: how many were measured of each case.
+        segmenter: which one found the organs for Dice; empty without Dice.
     """
 
     folder: Path
-    started: float
     method: str
     iterations: int | None
     image_size: int | None
     weights: str | None
     settings: dict
     volumes: dict[str, Path]
-
-    def metrics(self) -> tuple[dict[str, float], dict[str, int]]:
-        """All that was measured, by name, and the number of slices of each case.
-
-        Raises:
-            FileNotFoundError: nothing was measured.
-            ValueError: an earlier run left the measurements, or they are damaged.
-        """
-        path, remedy = self.folder / "metrics.json", "evaluate with configs/evaluate.yaml"
-        content = _read(path, remedy)
-        if path.stat().st_mtime < self.started:
-            raise ValueError(f"{path} is older than the volumes beside it: {remedy}")
-        return content["metrics"], {case["case"]: case["slices"] for case in content["cases"]}
+    metrics: dict[str, float | None]
+    slices: dict[str, int]
+    segmenter: dict
 
 
 def read_run(argument: str) -> Run:
@@ -56,31 +46,21 @@ def read_run(argument: str) -> Run:
     """
     name, folder = ("", argument) if Path(argument).is_dir() else argument.rpartition("=")[::2]
     folder = Path(folder)
-    report = _read(folder / "report.json", "name the output_dir of an inference or evaluation")
+    report = read_report(folder)
     weights = report.get("weights") or {}
     bundle = weights.get("bundle")
     if not (name or bundle):
         raise ValueError(f"{folder} doesn't say what made its volumes: give it a name, NAME={folder}")
-    started = report.get("started")
+    measured = read_metrics(folder, report) or {"metrics": {}, "cases": []}
     return Run(
         folder,
-        datetime.fromisoformat(started).timestamp() if started else 0.0,
         name or METHODS.get(bundle, bundle),
         weights.get("iteration"),
         weights.get("image_size"),
         weights.get("sha256"),
         report.get("settings") or {},
         {case["case"]: folder / case["ct"] for case in report["cases"]},
+        measured["metrics"],
+        {case["case"]: case["slices"] for case in measured["cases"]},
+        measured.get("settings", {}).get("Dice", {}),
     )
-
-
-def _read(path: Path, remedy: str) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: {remedy}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
-    if not isinstance(content, dict) or "cases" not in content:
-        raise ValueError(f"{path} is of something else: {remedy}")
-    return content

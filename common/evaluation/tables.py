@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import os
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import markup
 from ..data import AMOS_TEST_IDS
 from ..files import replacing
 from .paper import COLUMNS, IMAGE_SIZE, TABLE_1, TABLE_2, TABLE_2_ITERATIONS, TEST_CASES, TEST_SLICES
@@ -32,7 +31,8 @@ NOTES = (
     "what the network makes.",
     "FID, PSNR and SSIM: axial slices; ours without those that have no body. Organs: Dice in % between the label map "
     "and a segmentation of the synthetic volume, mean over the volumes that have the organ. –: not measured, not "
-    "stated, or in no volume. Dice of our runs: mean over the organs.",
+    "stated, or in no volume. Dice of our runs: mean over the organs. The paper segmented with TotalSegmentator v1.",
+    "Volumes read from files, which have no weights in the list of our runs, were resized once more than sampled ones.",
     "The paper trained Pix2Pix, OASIS and SPADE for 300 epochs, of a batch size that it doesn't state.",
     "The paper contradicts itself: the edge-guided DDPM's spleen is 93.9 in its Table 2 and 93.5 in its Table 1, "
     "after the same 150,000 iterations.",
@@ -58,7 +58,7 @@ class Table(NamedTuple):
         """The cells as a reader sees them."""
         formats = [form for _, form in self.columns]
         return [
-            ["–" if cell is None else format(cell, form) for cell, form in zip(row, formats, strict=True)]
+            [markup.UNKNOWN if cell is None else format(cell, form) for cell, form in zip(row, formats, strict=True)]
             for row in self.rows
         ]
 
@@ -76,6 +76,8 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
     """
     ours: dict[tuple[str, int | None], Run] = {}
     for run in runs:
+        if not run.metrics:
+            raise FileNotFoundError(f"no metrics.json of the run in {run.folder}: evaluate with configs/evaluate.yaml")
         other = ours.setdefault((run.method, run.iterations), run)
         if other is not run:
             raise ValueError(
@@ -93,7 +95,7 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What stands below the tables: `NOTES`, and which of the runs can't be compared with the paper's figures."""
-    others = [run for run in runs if run.metrics()[1].keys() != FIXED_TEST or run.image_size not in (None, IMAGE_SIZE)]
+    others = [run for run in runs if run.slices.keys() != FIXED_TEST or run.image_size not in (None, IMAGE_SIZE)]
     if not others:
         return list(NOTES)
     named = "; ".join(f"{run.method}, {_count(run.iterations)} iterations" for run in others)
@@ -133,34 +135,35 @@ def _of_paper(iterations: int | None, method: str, values: Iterable[float]) -> l
 
 
 def _of_run(run: Run) -> list[Cell]:
-    metrics, slices = run.metrics()
-    values = (_measured(metrics, column.metric, column.factor) for column in COLUMNS)
-    return [run.iterations, run.method, "ours", run.image_size, len(slices), sum(slices.values()), *values]
+    values = (_measured(run, column.metric, column.factor) for column in COLUMNS)
+    return [run.iterations, run.method, "ours", run.image_size, len(run.slices), sum(run.slices.values()), *values]
 
 
 def _run_table(runs: Sequence[Run]) -> Table:
-    """What the paper's columns leave out: KID, which few slices don't bias, and how the volumes were made."""
-    rows = []
-    for run in runs:
-        metrics, slices = run.metrics()
-        rows.append(
-            [
-                *(run.iterations, run.method, run.image_size, len(slices), sum(slices.values())),
-                *(_measured(metrics, name) for name in ("KID", "MS-SSIM")),
-                _measured(metrics, "dice_mean", 100),
-                ", ".join(f"{name} {value}" for name, value in run.settings.items() if value not in ({}, None)) or None,
-                run.weights and run.weights[:12],
-            ]
-        )
+    """What the paper's columns leave out: KID, which few slices don't bias, and how volumes were made and measured."""
+    rows = [
+        [
+            *(run.iterations, run.method, run.image_size, len(run.slices), sum(run.slices.values())),
+            *(_measured(run, name) for name in ("KID", "MS-SSIM")),
+            _measured(run, "dice_mean", 100),
+            *(_listed(run.segmenter), _listed(run.settings), run.weights and run.weights[:12]),
+        ]
+        for run in runs
+    ]
     columns = [column for column in FACTS if column[0] != "Source"]
-    columns += [("KID↓", ".4f"), ("MS-SSIM↑", ".3f"), ("Dice↑", ".1f"), ("Sampling", ""), ("Weights, SHA-256", "")]
+    columns += [("KID↓", ".4f"), ("MS-SSIM↑", ".3f"), ("Dice↑", ".1f")]
+    columns += [("Segmenter", ""), ("Sampling", ""), ("Weights, SHA-256", "")]
     return Table("runs", "Our runs", columns, rows)
 
 
-def _measured(metrics: dict[str, float], name: str, factor: int = 1) -> float | None:
+def _listed(settings: dict) -> str | None:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in ({}, None)) or None
+
+
+def _measured(run: Run, name: str, factor: int = 1) -> float | None:
     """A metric, of the axial slices where there are several planes; None where it is missing or not a number."""
-    value = factor * metrics.get(f"{name}_xy", metrics.get(name, math.nan))
-    return None if math.isnan(value) else value
+    value = run.metrics.get(f"{name}_xy", run.metrics.get(name))
+    return None if value is None else factor * value
 
 
 def _count(iterations: int | None) -> str:
@@ -179,36 +182,15 @@ def to_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 
-STYLE = """
-body { font: 14px sans-serif; margin: 2em; }
-table { border-collapse: collapse; margin-bottom: 2em; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2em 0.5em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-tr.paper { color: #777; }
-tr.ours { font-weight: bold; }
-li { max-width: 60em; }
-"""
-
-
 def to_html(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """All tables and the notes as one HTML page that needs nothing else."""
-    parts = []
+    sections = []
     for table in tables:
-        head = "".join(f"<th>{escape(heading)}</th>" for heading, _ in table.columns)
-        body = "\n".join(
-            f'<tr class="{"paper" if row[2] == "paper" else "ours"}">'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            + "</tr>"
-            for row, cells in zip(table.rows, table.shown(), strict=True)
-        )
-        parts.append(
-            f"<h2>{escape(table.title)}</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n"
-            f"<tbody>\n{body}\n</tbody>\n</table>"
-        )
-    items = "\n".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Tables</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + f"\n<ul>\n{items}\n</ul>\n</body>\n</html>\n"
-    )
+        headings = [heading for heading, _ in table.columns]
+        rows = [dict(zip(headings, cells, strict=True)) for cells in table.shown()]
+        sections.append(markup.section(table.title, "", markup.table(rows)))
+    title, subtitle = "Semantic synthesis of abdominal CT", "The paper's figures, and ours beside them"
+    return markup.page(title, subtitle, *sections, markup.section("Notes", "", markup.bullets(notes)))
 
 
 def write_tables(runs: Sequence[Run], output: str | os.PathLike) -> None:
