@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
+from tiny_networks import TINY, randomised
 from torch import nn
 
 from common.networks.convert import CheckpointError, convert, from_improved_diffusion, from_monai_generative
 from common.networks.unet import ConditionalUNet, GuidedUNet
-
-TINY = {"channels": (8, 16, 16), "attention_levels": (False, True, False), "num_res_blocks": 2, "norm_num_groups": 4}
 
 
 class TimedBlock(nn.Module):
@@ -131,15 +130,6 @@ class ImprovedDiffusionUNet(nn.Module):
             for layer in stage:
                 x = layer(x, time)
         return self.out(x)
-
-
-def randomised(network, seed=0):
-    """The network with random weights everywhere: what starts at zero would hide errors behind it."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        fan_in = max(1, parameter[0].numel())
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
-    return network
 
 
 def ours(**options):

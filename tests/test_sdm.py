@@ -6,9 +6,11 @@ import math
 from weakref import ref
 
 import pytest
+import tiny_networks
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import SpatialAttentionBlock
+from tiny_networks import randomised
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.diffusion import GaussianDiffusion
@@ -17,23 +19,8 @@ from common.networks.modulation import SpatialModulation
 from common.networks.sdm import SDMUNet, SPADEGroupNorm
 from common.transforms import NO_CONDITION
 
-TINY = {
-    "channels": (8, 16, 16),
-    "attention_levels": (False, True, False),
-    "num_head_channels": 8,
-    "num_res_blocks": 2,
-    "norm_num_groups": 4,
-}
+TINY = {**tiny_networks.TINY, "num_head_channels": 8}
 DEFAULT = (256, 256, 512, 512, 1024, 1024)
-
-
-def randomised(network, seed=0):
-    """The network with random weights everywhere: what starts at zero would hide errors behind it."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        fan_in = max(1, parameter[0].numel())
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
-    return network
 
 
 def batch(seed=1, size=16):

@@ -6,31 +6,18 @@ import itertools
 import math
 
 import pytest
+import tiny_networks
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets import DiffusionModelUNet
+from tiny_networks import randomised
 
 from common.networks.unet import ConditionalUNet, GuidedUNet
 
-TINY = {
-    "channels": (8, 16, 16),
-    "attention_levels": (False, True, False),
-    "num_head_channels": 16,
-    "num_res_blocks": 2,
-    "norm_num_groups": 4,
-}
+TINY = {**tiny_networks.TINY, "num_head_channels": 16}
 GUIDES = ("mask", "edge")
 DENOISERS = [lambda: ConditionalUNet(**TINY), lambda: GuidedUNet("mask", **TINY), lambda: GuidedUNet("edge", **TINY)]
-
-
-def randomised(network, seed=0):
-    """The network with random weights everywhere: what starts at zero would hide errors behind it."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        fan_in = max(1, parameter[0].numel())
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
-    return network
 
 
 def batch(seed=1, size=16):
