@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from .dicom import SUFFIX as DICOM
+from .dicom import dicom_files
+
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd", DICOM)
 
 FIRST_MRI_ID = 500
 """AMOS22 numbers its CT cases below this and its MRI cases from it on."""
@@ -43,7 +46,8 @@ def case_list(dataset_dir: str | PathLike, split: str) -> list[dict[str, str]]:
       `AMOS_TEST_IDS`; a validation set that lacks one of those is used whole.
     - A folder of pairs: `images/` and `labels/` with equal file names. Both splits are all of it.
 
-    MRI cases (AMOS ids from 500 on) are left out.
+    MRI cases (AMOS ids from 500 on) are left out. A volume is a file of one of `SUFFIXES` (a DICOM SEG is .dcm), or a
+    folder with the DICOM files of one series.
 
     Args:
         dataset_dir: folder of the data set.
@@ -80,7 +84,7 @@ def case_list(dataset_dir: str | PathLike, split: str) -> list[dict[str, str]]:
 
 
 def mask_list(folder: str | PathLike) -> list[dict[str, str]]:
-    """List the label maps in a folder: `{"image": path, "case": name}` for each, sorted by name.
+    """List the label maps in a folder, volumes as in `case_list`: `{"image": path, "case": name}`, sorted by name.
 
     Raises:
         FileNotFoundError: no such folder, or no volume in it.
@@ -90,22 +94,24 @@ def mask_list(folder: str | PathLike) -> list[dict[str, str]]:
 
 
 def _case_name(path: Path) -> str:
-    """File name without the suffix of its format."""
-    return next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
+    """File name without the suffix of its format; a folder's name as it is."""
+    return next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
-    """Case name -> volume file in a folder, sorted by name."""
+    """Case name -> volume file, or folder of DICOM files, in a folder, sorted by name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: check the path")
     volumes: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(SUFFIXES) and not path.name.startswith("."):
+        if not path.name.startswith(".") and (path.name.endswith(SUFFIXES) or (path.is_dir() and dicom_files(path))):
             other = volumes.setdefault(_case_name(path), path)
             if other != path:
                 raise ValueError(f"{other} and {path.name} are the same case: keep one of them")
     if not volumes:
-        raise FileNotFoundError(f"no volume in {folder}: expected files that end in {', '.join(SUFFIXES)}")
+        raise FileNotFoundError(
+            f"no volume in {folder}: expected files that end in {', '.join(SUFFIXES)}, or folders of DICOM files"
+        )
     return dict(sorted(volumes.items()))
 
 
@@ -137,7 +143,7 @@ def _listed(root: Path, section: str) -> list[dict[str, str]] | None:
     if not pairs:
         raise FileNotFoundError(f'{index} lists no case under "{section}": fill the list or remove the file')
     needed = [pair for pair in pairs if (_amos_id(_case_name(pair[1])) or 0) < FIRST_MRI_ID]
-    missing = [path for pair in needed for path in pair if not path.is_file()]
+    missing = [path for pair in needed for path in pair if not path.exists()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {2 * len(needed)} files listed in {index} are missing, the first is {missing[0]}: "
