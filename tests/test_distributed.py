@@ -1,20 +1,27 @@
-"""Two processes under torchrun are one process with twice the batch."""
+"""Two processes are one with twice the batch; they share cases, and a rerun makes up for one that was lost."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from test_evaluation import copies, of_one_process
 from tiny_run import TinyGenerator, equal
 from torch import nn
 
 from common.distributed import replicate
+from common.phantom import write_dataset
 
 ITERATIONS = 3
 
@@ -37,6 +44,13 @@ class PrepareFromContent(PrepareNoisyBatch):
         x_t = self.diffusion.add_noise(x_0, noise, t)
         return x_t, NoisySample(x_0, noise, t, x_t), (t, image), {}
 '''
+
+
+def torchrun(folder: Path, *command: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """A command in two processes, from the folder, whose modules it finds."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)]
+    environment = os.environ | {"PYTHONPATH": str(folder)} | environment
+    return subprocess.run(start, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +97,7 @@ def together(bundles, folder, options):
             "output_dir": f"$'{folder / name}/rank' + os.environ['RANK']",
         }
         (folder / "arguments.json").write_text(json.dumps(arguments | overrides))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*torchrun, "-m", "monai.bundle", "run", "training", "--args_file", str(folder / "arguments.json")]
-        environment = os.environ | {"PYTHONPATH": str(folder)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        done = torchrun(folder, "-m", "monai.bundle", "run", "training", "--args_file", folder / "arguments.json")
         assert done.returncode == 0, done.stderr
         return folder / name
 
@@ -256,11 +267,9 @@ def processes(gans, folder) -> Path:
         runs[name] = options | overrides | {"config_file": configs}
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "train_several.py").write_text(TRAIN_SEVERAL)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     tests = Path(__file__).absolute().parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, tests, tests.parent)))}
-    command = [*torchrun, str(folder / "train_several.py"), str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    path = os.pathsep.join(map(str, (folder, tests, tests.parent)))
+    done = torchrun(folder, folder / "train_several.py", folder, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -318,3 +327,114 @@ def test_both_networks_of_a_gan_are_the_same_in_all_processes(processes, name):
     for a, b in zip(first, second, strict=True):
         # On CPUs each has BatchNorm's statistics of its own slices.
         assert equal(*({name: value for name, value in state.items() if "running" not in name} for state in (a, b)))
+
+
+# ------------------------------------------------------------------------------------------------ shares of the cases
+
+WATCHED_GENERATOR = """
+import os
+import signal
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class WatchedGenerator(nn.Conv2d):
+    \"""Writes down who samples what. Of a run with a victim, each process does one case; then that one is killed.\"""
+
+    def __init__(self):
+        super().__init__(2, 1, 3, padding=1)
+
+    def noise_shape(self, height, width):
+        return (1, height, width)
+
+    def forward(self, image, noise):
+        begun, rank = Path(os.environ["BEGUN"]), os.environ.get("RANK", "alone")
+        begun.mkdir(exist_ok=True)
+        with open(begun / rank, "a") as file:
+            print(zlib.crc32(image.numpy().tobytes()), file=file)
+        if "VICTIM" in os.environ and len((begun / rank).read_text().splitlines()) == 2:
+            while sum(len(file.read_text().splitlines()) for file in begun.iterdir()) < 4:
+                time.sleep(0.05)
+            if rank == os.environ["VICTIM"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(240)  # much longer than torchrun takes to notice
+        return torch.tanh(super().forward(torch.cat([image / 16, noise], dim=1)))
+"""
+
+
+def test_the_cases_of_a_lost_rank_are_made_up_by_a_rerun(bundles, run_bundle, folder, tmp_path, monkeypatch):
+    """Five cases; the second process is killed in its second one, while the first is in its second."""
+    write_dataset(tmp_path, train=0, validation=5, shape=(32, 32, 4))
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (tmp_path / "labelsVa").iterdir())
+    (folder / "watched_generator.py").write_text(WATCHED_GENERATOR)
+    monkeypatch.syspath_prepend(folder)
+    options = {"network_def": {"_target_": "watched_generator.WatchedGenerator"}, "image_size": 32}
+    options |= {"dataset_dir": str(tmp_path / "labelsVa"), "checkpoint": str(tmp_path / "model.pt")}
+    generator = torch.Generator().manual_seed(0)
+    weights = {"weight": torch.randn(1, 2, 3, 3, generator=generator), "bias": torch.zeros(1)}
+    torch.save({"model": weights}, tmp_path / "model.pt")
+
+    bundle, overlays = bundles["abdominal_ct_pix2pix"], ("inference", "multi_gpu_inference")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+
+    def sampled(name: str, run: Callable[[], object]) -> tuple[Any, dict[str, list[str]]]:
+        """What a run returns, and what each of its processes has sampled."""
+        monkeypatch.setenv("BEGUN", str(tmp_path / name))
+        done = run()
+        return done, {file.name: file.read_text().split() for file in (tmp_path / name).iterdir()}
+
+    _, of_each = sampled("of_alone", lambda: run_bundle(bundle, "inference", **options, output_dir=alone))
+    a, b, c, d, e = of_each["alone"]
+    assert len({a, b, c, d, e}) == 5
+
+    arguments = {"config_file": [str(bundle / "configs" / f"{name}.yaml") for name in overlays]}
+    (folder / "arguments.json").write_text(json.dumps(options | arguments | {"output_dir": str(together)}))
+    command = ("-m", "monai.bundle", "run", "--args_file", folder / "arguments.json")
+    lost, of_each = sampled("of_lost", lambda: torchrun(folder, *command, VICTIM="1"))
+    assert lost.returncode != 0 and "SIGKILL" in lost.stderr
+    assert of_each == {"0": [a, c], "1": [b, d]}
+    done = {f"{case}_{what}" for case in cases[:2] for what in ("ct.nii.gz", "preview.png")}
+    assert {path.name for path in together.iterdir()} == done | {"report.json", "kept"}
+    assert len(list((together / "kept").iterdir())) == 2
+    assert [case["case"] for case in report(together)] == cases[:1]  # the first process's
+    assert_same_volumes(together, alone, cases[:2])
+
+    def again(output: Path) -> None:
+        run_bundle(bundle, *overlays, **options, output_dir=output)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        what = (again, together, free.getsockname()[1])
+    fork = torch.multiprocessing.start_processes
+    _, of_each = sampled("of_rerun", lambda: fork(of_one_process, what, nprocs=2, start_method="fork"))
+    assert of_each == {"0": [c, e], "1": [d]}  # the rest only, each once
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()} | {"kept"}
+    assert [case["case"] for case in report(together)] == cases
+    assert report(together) == report(alone)
+    assert_same_volumes(together, alone, cases)
+
+
+def test_shared_volumes_that_were_made_earlier_need_no_weights(bundle, amos, workflow, on_path, tmp_path):
+    options = {"dataset_dir": amos, "predictions_dir": copies(amos, tmp_path / "made"), "image_size": 32}
+    alone = {"initialize": [], "finalize": [], "checkpoint": tmp_path / "none.pt", "output_dir": tmp_path / "out"}
+    for overlays in (("evaluate", "multi_gpu_inference"), ("multi_gpu_inference", "evaluate")):
+        with on_path(bundle):
+            made = workflow(bundle, "inference", *overlays, **options, **alone)
+            evaluator = made.parser.get_parsed_content("evaluator")
+        assert evaluator.network is None and evaluator.inferer.inferer is None
+
+
+def report(folder: Path) -> list[dict]:
+    """What report.json says of the cases, but for how long they took."""
+    return [case | {"seconds": 0} for case in json.loads((folder / "report.json").read_text())["cases"]]
+
+
+def assert_same_volumes(folder: Path, other: Path, cases: list[str]) -> None:
+    for case in cases:
+        first, second = (np.asanyarray(nib.load(path / f"{case}_ct.nii.gz").dataobj) for path in (folder, other))
+        np.testing.assert_array_equal(first, second)
+        assert first.std() > 10

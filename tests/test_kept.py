@@ -71,7 +71,11 @@ def keep(tmp_path):
 
     def sample(made_by=None, network=None, label=None, checkpoint="model.pt") -> tuple[torch.Tensor, int]:
         before = Generator.made
-        kept = KeptVolumes(made_by or inferer(), tmp_path / "kept", tmp_path / checkpoint)
+        made_by = made_by or inferer()
+        options = {
+            name: getattr(made_by, name) for name in ("batch_size", "seed", "noise_correlation", "amp", "progress")
+        }
+        kept = KeptVolumes(made_by.generate, folder=tmp_path / "kept", checkpoint=tmp_path / checkpoint, **options)
         result = kept(volume() if label is None else label, network or Generator())
         return result, Generator.made - before
 

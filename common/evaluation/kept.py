@@ -1,4 +1,4 @@
-"""Results of long computations in files named by what they came from: an evaluation that was stopped goes on."""
+"""Results of long computations in files named by what they came from: a run that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -6,39 +6,46 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor, nn
 
 from ..bundle import load_checkpoint, save_checkpoint
 from ..files import sha256
-from ..inferers import VolumeInferer
+from ..inferers import DiffusionSampler, GeneratorPass, VolumeInferer
 from .segmenter import Segmenter
 
 
-class KeptVolumes(Inferer):
-    """`VolumeInferer` that samples a volume once: made again of the same label map, network and settings, it is read.
+class KeptVolumes(VolumeInferer):
+    """A `VolumeInferer` that samples a volume once: made again of the same label map, network and settings, it is read.
 
     Args:
-        inferer: makes the volumes.
-        folder: where they are kept, float32; it can be deleted at any time.
+        generate: and the further options, as for `VolumeInferer`.
+        folder: where volumes are kept, float32; it can be deleted at any time. Several processes may share it.
         checkpoint: the weights' file.
     """
 
-    def __init__(self, inferer: VolumeInferer, folder: str | os.PathLike, checkpoint: str | os.PathLike) -> None:
-        super().__init__()
-        self.inferer = inferer
+    def __init__(
+        self,
+        generate: DiffusionSampler | GeneratorPass,
+        *,
+        folder: str | os.PathLike,
+        checkpoint: str | os.PathLike,
+        **options: Any,
+    ) -> None:
+        super().__init__(generate, **options)
         self.folder = Path(folder)
         self.weights = sha256(checkpoint)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Label volume (1, 1, H, W, D) of ids to CT (1, 1, H, W, D) float32 in [0, 1]."""
-        origin = {"weights": self.weights, "network": _options(network), **self.inferer.settings}
-        pred = _kept(self.folder, [inputs.cpu().numpy()], origin, lambda: self.inferer(inputs, network))
+        origin = {"weights": self.weights, "network": _options(network), **self.settings}
+        sample = partial(super().__call__, inputs, network)
+        pred = _kept(self.folder, [inputs.cpu().numpy()], origin, sample)
         return convert_to_dst_type(pred, inputs, dtype=pred.dtype)[0]
 
 
