@@ -39,12 +39,13 @@ tests on 50 of the 100 and does not say which.)"""
 def case_list(dataset_dir: str | PathLike, split: str) -> list[dict[str, str]]:
     """List the pairs of label map and CT of a data set.
 
-    Two layouts are known:
+    Three layouts are known:
 
     - AMOS22: what `dataset.json` lists under "training" and "validation", or without it what lies in `imagesTr/`,
       `labelsTr/` and `imagesVa/`, `labelsVa/`. "train" is all training CTs, "test" the validation CTs of
       `AMOS_TEST_IDS`; a validation set that lacks one of those is used whole.
     - A folder of pairs: `images/` and `labels/` with equal file names. Both splits are all of it.
+    - MONAI Label's: CTs, and in `labels/final/` the label maps of those that have one. Both splits are these.
 
     MRI cases (AMOS ids from 500 on) are left out. A volume is a file of one of `SUFFIXES` (a DICOM SEG is .dcm), or a
     folder with the DICOM files of one series.
@@ -74,9 +75,12 @@ def case_list(dataset_dir: str | PathLike, split: str) -> list[dict[str, str]]:
         cases = _paired(root / f"images{suffix}", root / f"labels{suffix}")
     elif (root / "images").is_dir():
         return _only_ct(_paired(root / "images", root / "labels"), root)
+    elif (root / "labels" / "final").is_dir():
+        return _only_ct(_paired(root, root / "labels" / "final", unlabelled=True), root)
     else:
         raise FileNotFoundError(
-            f"no data set in {root}: it needs imagesTr/ and labelsTr/ (AMOS22's layout), or images/ and labels/"
+            f"no data set in {root}: it needs imagesTr/ and labelsTr/ (AMOS22's layout), images/ and labels/, or CTs and "
+            "labels/final/ (MONAI Label's)"
         )
 
     cases = _only_ct(cases, root)
@@ -115,9 +119,14 @@ def _volumes(folder: Path) -> dict[str, Path]:
     return dict(sorted(volumes.items()))
 
 
-def _paired(ct_dir: Path, label_dir: Path) -> list[dict[str, str]]:
-    """Cases of a folder of CTs and a folder of label maps with equal file names (the formats may differ)."""
+def _paired(ct_dir: Path, label_dir: Path, unlabelled: bool = False) -> list[dict[str, str]]:
+    """Cases of a folder of CTs and a folder of label maps with equal file names (the formats may differ).
+
+    With `unlabelled` a CT may lack its label map; it is left out.
+    """
     cts, labels = _volumes(ct_dir), _volumes(label_dir)
+    if unlabelled:
+        cts = {case: ct for case, ct in cts.items() if case in labels}
     for there, missing, folder in ((cts, labels, label_dir), (labels, cts, ct_dir)):
         alone = sorted(there.keys() - missing.keys())
         if alone:

@@ -100,6 +100,25 @@ def test_a_folder_of_pairs_is_both_splits_in_any_format(tmp_path):
     assert case_list(tmp_path, "test") == train
 
 
+def test_studies_of_monai_label_are_what_has_a_final_label(tmp_path):
+    touch(*(tmp_path / f"{case}.nii.gz" for case in ("c", "a", "not_yet")), tmp_path / "datastore_v2.json")
+    touch(tmp_path / "labels" / "original" / "not_yet.nii.gz")
+    touch(*(tmp_path / "labels" / "final" / name for name in ("a.nrrd", "c.nii.gz")))
+
+    train = case_list(tmp_path, "train")
+
+    assert train == [
+        {"image": str(tmp_path / "labels" / "final" / label), "ct": str(tmp_path / f"{case}.nii.gz"), "case": case}
+        for case, label in (("a", "a.nrrd"), ("c", "c.nii.gz"))
+    ]
+    assert case_list(tmp_path, "test") == train
+
+    touch(tmp_path / "labels" / "final" / "lost.nii.gz")
+    with pytest.raises(FileNotFoundError, match="1 of 3 files without partner") as error:
+        case_list(tmp_path, "train")
+    assert str(tmp_path / "labels" / "final" / "lost.nii.gz") in one_line(error)
+
+
 def one_line(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
     assert "\n" not in message
