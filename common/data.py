@@ -79,8 +79,8 @@ def case_list(dataset_dir: str | PathLike, split: str) -> list[dict[str, str]]:
         return _only_ct(_paired(root, root / "labels" / "final", unlabelled=True), root)
     else:
         raise FileNotFoundError(
-            f"no data set in {root}: it needs imagesTr/ and labelsTr/ (AMOS22's layout), images/ and labels/, or CTs and "
-            "labels/final/ (MONAI Label's)"
+            f"no data set in {root}: it needs imagesTr/ and labelsTr/ (AMOS22's layout), images/ and labels/, or "
+            "labels/final/ beside the CTs (MONAI Label's)"
         )
 
     cases = _only_ct(cases, root)
