@@ -105,7 +105,7 @@ def even_grid(
 
 
 def _stacked(positions: np.ndarray, gaps: np.ndarray, distance: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Places of ascending positions in a stack of about this distance, and its step in mm; None where they don't fit."""
+    """Places of ascending positions in a stack of about this distance, and its step in mm; None: they don't fit."""
     counts = gaps / distance
     levels = np.concatenate([[0], np.cumsum(np.round(counts).astype(int))])
     step = (positions[-1] - positions[0]) / max(levels[-1], 1)

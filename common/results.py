@@ -9,6 +9,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import ignite.distributed as idist
 import monai
@@ -16,10 +17,12 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from torch.utils.data import Dataset
 from tqdm import trange
 
 from .bundle import load_checkpoint
+from .dicom_out import check_series, save_series
 from .distributed import gather
 from .faithfulness import faithfulness
 from .files import replacing, sha256
@@ -60,23 +63,25 @@ class CheckCases:
 
     Args:
         dataset: the cases with their preprocessing.
+        writer: what will write them, to find what it can't write.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, writer: ResultWriter) -> None:
         self.dataset = dataset
+        self.writer = writer
 
     def attach(self, engine: Engine) -> None:
         """Register with an evaluator."""
         engine.add_event_handler(Events.STARTED, self._check)
 
     def _check(self, engine: Engine) -> None:
-        if len(self.dataset) > 1:  # a single case is loaded at once anyway
+        if len(self.dataset) > 1 or self.writer.dicom:  # a single case is loaded at once anyway
             for i in trange(len(self.dataset), desc="checking", unit="case"):
-                self.dataset[i]
+                self.writer.check(self.dataset[i])
 
 
 class ResultWriter:
-    """Write each case as it is done, `CASE_ct.nii.gz` and `CASE_preview.png`, and `report.json` about the run.
+    """Write each case as it is done, CT and `CASE_preview.png`, and `report.json` about the run.
 
     Reads from the engine's decollated batch `label_map`, the label map on its own grid, and from its output `pred`, the
     CT in HU on that grid, and in evaluation `real`, the real CT as coarse as the synthetic one. At the end
@@ -87,14 +92,30 @@ class ResultWriter:
         output_dir: folder to write into.
         checkpoint: the weights' file, for its hash and the facts in it; None for volumes that weren't sampled.
         inferer: what made the volumes; its settings go into the report; None likewise.
+        output_format: of the CTs: "nifti", `CASE_ct.nii.gz`, or "dicom", a folder `CASE_ct` with a file a slice.
+        keep_identity: in DICOM, take patient and study over from the label map's, which has to be DICOM then.
+
+    Raises:
+        ValueError: another format, or an identity to keep in NIfTI.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, checkpoint: str | os.PathLike | None, inferer: VolumeInferer | None
+        self,
+        output_dir: str | os.PathLike,
+        checkpoint: str | os.PathLike | None,
+        inferer: VolumeInferer | None,
+        output_format: Literal["nifti", "dicom"] = "nifti",
+        keep_identity: bool = False,
     ) -> None:
+        if output_format not in ("nifti", "dicom"):
+            raise ValueError(f"output_format is {output_format!r}: choose nifti or dicom")
+        if keep_identity and output_format != "dicom":
+            raise ValueError("a NIfTI has no identity to keep: add --output_format dicom, or leave out --keep_identity")
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint
         self.inferer = inferer
+        self.dicom = output_format == "dicom"
+        self.keep_identity = keep_identity
         self.cases: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
@@ -102,6 +123,12 @@ class ResultWriter:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._start_case)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish_case)
+
+    def check(self, item: dict) -> None:
+        """Check that a case can be written, before it is sampled: the errors of `check_series`."""
+        if self.dicom:
+            affine, source = _origin(item["label_map"])
+            check_series(affine, source, source if self.keep_identity else None)
 
     def _start(self, engine: Engine) -> None:
         self.cases = []
@@ -143,9 +170,14 @@ class ResultWriter:
         """Write one case's files and give what the report says about them."""
         label_map, hu = _array(item["label_map"]), _array(output["pred"])
         real = _array(output["real"]) if "real" in output else None
-        affine = np.asarray(item["label_map"].affine.cpu())
-        ct, preview = (self.output_dir / f"{item['case']}_{what}" for what in ("ct.nii.gz", "preview.png"))
-        save_ct(ct, hu, affine, file_name(item["label_map"]))
+        affine, source = _origin(item["label_map"])
+        preview = self.output_dir / f"{item['case']}_preview.png"
+        if self.dicom:
+            ct = self.output_dir / f"{item['case']}_ct"
+            save_series(ct, hu, affine, source if self.keep_identity else None)
+        else:
+            ct = self.output_dir / f"{item['case']}_ct.nii.gz"
+            save_ct(ct, hu, affine, source)
         save_preview(preview, label_map, hu, affine)
         histograms = {"synthetic": hu_histogram(label_map, hu)}
         if real is not None:
@@ -168,6 +200,11 @@ class ResultWriter:
 def weights_facts(path: str | os.PathLike) -> dict:
     """Which weights these are: `file`, `sha256`, and what training wrote into the file (`bundle`, `iteration`, ...)."""
     return {"file": str(path), "sha256": sha256(path), **load_checkpoint(path).get("facts", {})}
+
+
+def _origin(volume: MetaTensor) -> tuple[np.ndarray, str]:
+    """Affine and file of a volume."""
+    return np.asarray(volume.affine.cpu()), file_name(volume)
 
 
 def _array(volume: torch.Tensor) -> np.ndarray:

@@ -313,7 +313,7 @@ def test_a_bad_case_is_found_before_the_first_is_sampled():
     sampled = []
     engine = Engine(lambda _, batch: sampled.append(batch))
     engine.add_event_handler(Events.ITERATION_STARTED, lambda engine: sampled.append(engine.state.batch))
-    CheckCases(Cases()).attach(engine)
+    CheckCases(Cases(), ResultWriter("output", None, None)).attach(engine)
     with pytest.raises(ValueError, match="third mask"):
         engine.run([0, 1])
     assert sampled == []
