@@ -54,7 +54,8 @@ class OASISGenerator(ModulatedGenerator):
         """
         labels = one_hot(image)
         if noise is None:
-            noise = torch.randn(len(image), self.noise_channels, device=image.device)
+            # As torch.randn; a trace would keep its device, and len(image), as constants.
+            noise = image.new_empty(image.shape[0], self.noise_channels, dtype=torch.float32).normal_()
         everywhere = noise[:, :, None, None].expand(-1, -1, *image.shape[2:])
         return self.generate(torch.cat([everywhere, labels], dim=1))
 

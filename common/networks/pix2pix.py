@@ -71,7 +71,9 @@ class Pix2PixGenerator(nn.Module):
         """
         check_halvable(image, 2 ** len(self.channels))
         if noise is None:
-            noise = torch.randn(len(image), *self.noise_shape(*image.shape[2:]), device=image.device)
+            # As torch.randn; a trace would keep its device, and len(image), as constants.
+            shape = image.shape[0], *self.noise_shape(*image.shape[2:])
+            noise = image.new_empty(shape, dtype=torch.float32).normal_()
 
         x, skips = one_hot(image), []
         for down in self.downs:
