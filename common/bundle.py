@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -21,13 +24,26 @@ from .networks.convert import convert
 def bundle_root() -> str:
     """Folder of the bundle whose config asks, as an absolute path, from any working directory.
 
-    MONAI puts that folder at `sys.path[1]` before it runs a config; elsewhere (a bundle on PYTHONPATH, say) it is the
-    folder above this package. `sys.path[0]` belongs to the user's working directory and doesn't count.
+    Bundles in one process share this package, which Python imports once: neither its place nor what MONAI has put on
+    `sys.path` last says which of them asks. The workflow that evaluates the config does. Without a workflow it is the
+    bundle on `sys.path` (`sys.path[0]` belongs to the user's working directory and doesn't count), and without that the
+    folder above this package.
     """
-    for entry in sys.path[1:]:
-        if (Path(entry) / "configs" / "metadata.json").is_file():
-            return str(Path(entry).absolute())
+    roots = [workflow.config_root_path.parent for workflow in _asking_workflows()]
+    for root in (*roots, *sys.path[1:]):
+        if (Path(root) / "configs" / "metadata.json").is_file():
+            return str(Path(root).absolute())
     return str(Path(__file__).absolute().parents[1])
+
+
+def _asking_workflows() -> Iterator[ConfigWorkflow]:
+    """The workflows among our callers, innermost first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, ConfigWorkflow):
+            yield caller
+        frame = frame.f_back
 
 
 def save_weights(path: str | os.PathLike, weights: dict[str, torch.Tensor], facts: dict[str, str | int]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from torch import nn
 
 from common import bundle
@@ -242,6 +243,40 @@ def test_bundle_root_without_monai_is_the_folder_above_the_package(tmp_path, mon
     monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
     monkeypatch.setattr(bundle, "__file__", str(copy))
     assert bundle_root() == str(tmp_path / "bundle")
+
+
+def test_bundle_root_is_that_of_the_workflow_that_asks(tmp_path, monkeypatch):
+    """Whichever of two ran last, is on `sys.path` first, or runs the other in the midst of its own run."""
+    one, other = make_bundle(tmp_path / "one"), make_bundle(tmp_path / "other")
+    workflows = {}
+    for root in (one, other):
+        (root / "configs" / "ask.yaml").write_text(
+            "bundle_root: {_target_: common.bundle.bundle_root}\n"
+            "first: null\n"
+            "run: ['$@first() if @first else None', $@bundle_root]\n"
+        )
+        config = str(root / "configs" / "ask.yaml")
+        workflows[root] = ConfigWorkflow(config_file=config, workflow_type="infer", logging_file=False)
+    monkeypatch.setattr(sys, "path", ["", str(other), *sys.path[1:]])
+    for root in (one, other, one):
+        workflows[root].initialize()
+        assert workflows[root].bundle_root == str(root)
+    for root in (one, other, one):
+        workflows[root].initialize()
+        assert workflows[root].run() == [None, str(root)]
+    workflows[one].parser["first"] = workflows[other].run
+    workflows[one].initialize()
+    assert workflows[one].run() == [[None, str(other)], str(one)]
+
+
+def test_bundle_root_of_a_config_outside_a_bundle_is_on_the_path(tmp_path, monkeypatch):
+    there = make_bundle(tmp_path / "bundle")
+    config = tmp_path / "mine.yaml"
+    config.write_text("run: [{_target_: common.bundle.bundle_root}]\n")
+    monkeypatch.setattr(sys, "path", ["", str(there), *sys.path[1:]])
+    made = ConfigWorkflow(config_file=str(config), workflow_type=None, logging_file=False)
+    made.initialize()
+    assert made.run() == [str(there)]
 
 
 def test_weights_of_slices_of_another_size_are_refused(tmp_path):
