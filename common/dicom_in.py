@@ -102,8 +102,9 @@ def _label_map(seg: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     grid = even_grid(orientations[0], measures.PixelSpacing, positions, _distance(measures), name)
 
     volume = np.zeros((seg.Columns, seg.Rows, grid.depth), np.uint8)
-    for frame, level, pixels in zip(frames, grid.levels, pydicom().pixels.iter_pixels(seg), strict=True):
-        numbers = pixels.T
+    # at once, because pydicom 3.0's iter_pixels stumbles over bits of frames that end within a byte
+    masks = seg.pixel_array.reshape(len(frames), seg.Rows, seg.Columns)
+    for frame, level, numbers in zip(frames, grid.levels, masks.transpose(0, 2, 1), strict=True):
         if seg.SegmentationType == "BINARY":  # a LABELMAP holds the segments' numbers
             numbers = numbers * np.uint16(_group(seg, frame, "SegmentIdentificationSequence").ReferencedSegmentNumber)
         _add(volume[..., level], ids[numbers], name)
