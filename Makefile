@@ -4,7 +4,7 @@ BUNDLE := bundles/abdominal_ct_mask_guided_ddpm
 CONFIGS := $(BUNDLE)/configs
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test train-demo
+.PHONY: demo test test-label train-demo
 demo: .venv/installed
 	$(PYTHON) -m common.phantom --output output/demo/phantom --train 0 --validation 1 --shape 128 128 40 --seed 20
 	$(PYTHON) -m monai.bundle run --config_file "['$(CONFIGS)/inference.yaml','$(CONFIGS)/small.yaml']" \
@@ -14,6 +14,10 @@ demo: .venv/installed
 test: .venv/evaluation
 	$(PYTHON) -m ruff check
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+# A MONAI Label server; its path holds sitecustomize.py.
+test-label: .venv-label/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/label .venv-label/bin/python -m pytest tests/label
 
 # How models/model_small.pt was made, in about 75 minutes on one core. The first stage has one channel in each group of
 # its norms, which can't see how bright a slice is; the second goes on with four, as small.yaml has it.
@@ -34,4 +38,10 @@ train-demo: .venv/installed
 # TotalSegmentator and what it needs: another 1.2 GB, which the demo does without.
 .venv/evaluation: .venv/installed
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[test,evaluation]'
+	touch $@
+
+# MONAI Label, whose pins exclude those of constraints.txt.
+.venv-label/installed: setup.cfg
+	python3 -m venv .venv-label
+	.venv-label/bin/python -m pip install --quiet --editable '.[label]' pytest
 	touch $@
