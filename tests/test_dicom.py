@@ -199,6 +199,14 @@ def test_an_identity_is_kept_when_it_is_asked_for(tmp_path):
     assert not written & {*patient.values(), *study.values(), *other.values()} - {"F"}
 
 
+def test_what_a_source_does_not_know_is_new(tmp_path):
+    write_series(tmp_path / "source", HU, AFFINES["LPS"], StudyInstanceUID="", PatientID="P-7", StudyID=None)
+    save_series(tmp_path / "ct", HU, AFFINES["LPS"], tmp_path / "source")
+    images = slices_of(tmp_path / "ct")
+    assert {(image.PatientID, image.StudyID) for image in images} == {("P-7", "")}
+    assert len({image.StudyInstanceUID for image in images}) == 1 and images[0].StudyInstanceUID.is_valid
+
+
 @pytest.mark.parametrize("column", [0, 2])
 def test_axes_that_are_not_perpendicular_are_refused(column, tmp_path):
     skewed = AFFINES["RAS"].copy()

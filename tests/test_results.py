@@ -317,3 +317,23 @@ def test_a_bad_case_is_found_before_the_first_is_sampled():
     with pytest.raises(ValueError, match="third mask"):
         engine.run([0, 1])
     assert sampled == []
+
+
+def test_a_case_that_can_not_be_written_is_found_before_it_is_sampled(tmp_path):
+    item, _ = case(tmp_path, "first", 6)
+    engine = Engine(lambda *_: pytest.fail("sampled"))
+    CheckCases([item], ResultWriter("output", None, None, "dicom", keep_identity=True)).attach(engine)
+    with pytest.raises(ValueError, match=r"first\.nii\.gz is no DICOM and has no identity to keep: leave out"):
+        engine.run([0])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"output_format": "DICOM"}, "output_format is 'DICOM': choose nifti or dicom"),
+        ({"keep_identity": True}, "a NIfTI has no identity to keep: add --output_format dicom"),
+    ],
+)
+def test_formats_that_do_not_go_are_refused_at_once(options, said):
+    with pytest.raises(ValueError, match=said):
+        ResultWriter("output", None, None, **options)
