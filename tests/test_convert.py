@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from generative.networks.nets import DiffusionModelUNet as GenerativeUNet
 from monai.networks.nets import DiffusionModelUNet
 from tiny_networks import TINY, randomised
 from torch import nn
 
+from common.diffusion import GaussianDiffusion
+from common.inferers import VolumeNoise
 from common.networks.convert import CheckpointError, convert, from_improved_diffusion, from_monai_generative
 from common.networks.unet import ConditionalUNet, GuidedUNet
+from common.phantom import phantom
+from common.samplers import ddim
 
 
 class TimedBlock(nn.Module):
@@ -179,17 +187,60 @@ def test_arrangement_of_the_lsun_checkpoints_fits_the_paper_size():
     assert sum(p.numel() for p in public.parameters()) == 113_689_346 - 15 * 9 * 128 + 4 * (9 * 128 + 1)
 
 
+def generative(inputs, outputs, channels, num_head_channels=16, **sizes):
+    """monai-generative's network, with random weights."""
+    return randomised(
+        GenerativeUNet(2, inputs, outputs, num_channels=channels, num_head_channels=num_head_channels, **sizes)
+    )
+
+
 @pytest.mark.parametrize("head_channels", [8, 16])
 def test_monai_generative_computes_the_same(head_channels):
-    generative = pytest.importorskip("generative.networks.nets")
+    """In float64, where another ε of the norms would be seen."""
     x, t, image = batch()
-    sizes = {**TINY, "num_channels": TINY["channels"], "num_head_channels": head_channels}
-    del sizes["channels"]
-    old = randomised(generative.DiffusionModelUNet(2, 18, 2, **sizes))
-    network = ConditionalUNet(**TINY, num_head_channels=head_channels, norm_eps=1e-6)
-    network.load_state_dict(convert(old.state_dict(), network))
-    condition = network.encode(image)
-    assert_equal_outputs(network(x, t, condition=condition), old(torch.cat([x, condition], dim=1), t))
+    theirs = generative(18, 2, **TINY, num_head_channels=head_channels).double()
+    network = ConditionalUNet(**TINY, num_head_channels=head_channels)
+    network.load_state_dict(convert(theirs.state_dict(), network))
+    network, x = network.double(), x.double()
+    found, expected = network(x, t, image), theirs(torch.cat([x, network.encode(image)], dim=1), t)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_without_learned_variance_gets_that_of_the_posterior(channels):
+    x, t, image = batch()
+    theirs = generative(channels, channels, **TINY)
+    network = ours()
+    network.load_state_dict(convert(theirs.state_dict(), network))
+    noise = theirs(x.repeat(1, channels, 1, 1), t).mean(dim=1)
+    assert_equal_outputs(network(x, t, image), torch.stack([noise, torch.full_like(noise, -1)], dim=1))
+
+
+def test_monai_generative_samples_in_the_bundle_of_the_conditional_ddpm(bundles, run_bundle, tiny_inference, tmp_path):
+    """By --checkpoint alone; here its own network is sampled, from the same noise."""
+    labels = phantom((32, 32, 4)).label
+    pls = [[0, -2, 0, 0], [-2, 0, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]]  # the network's grid
+    (tmp_path / "masks").mkdir()
+    nib.save(nib.Nifti1Image(labels, np.array(pls, float)), tmp_path / "masks" / "case.nii.gz")
+
+    bundle = bundles["abdominal_ct_conditional_ddpm"]
+    options = tiny_inference(bundle)
+    sizes = {name.removeprefix("network_def#"): value for name, value in options.items() if name.startswith("network_")}
+    theirs = generative(18, 2, **sizes)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    options |= {"sampler": "ddim", "sampling_steps": 4, "checkpoint": tmp_path / "theirs.pt", "seed": 3}
+    run_bundle(bundle, "inference", dataset_dir=tmp_path / "masks", output_dir=tmp_path / "out", **options)
+    found = np.asanyarray(nib.load(tmp_path / "out" / "case_ct.nii.gz").dataobj)
+
+    slices = torch.from_numpy(labels).movedim(-1, 0)[:, None]
+    case = hashlib.sha256(slices.contiguous().numpy().tobytes()).hexdigest()
+    condition = F.one_hot(slices[:, 0].long(), 17).movedim(-1, 1).float()
+    noise = VolumeNoise(3, case, (1, 32, 32), len(slices)).of(range(len(slices)), torch.device("cpu"))
+    x = ddim(lambda x, t: theirs(torch.cat([x, condition], dim=1), t), noise.start, GaussianDiffusion(), 4, noise)
+    expected = (x[:, 0].add(1).div(2).clamp(0, 1) * 400 - 160).movedim(0, -1).numpy()
+    np.testing.assert_allclose(found, expected, atol=0.51)
+    assert expected.std() > 20
 
 
 def test_grey_unconditional_monai_checkpoint_ignores_the_mask():
@@ -227,7 +278,7 @@ def with_scale_shift():
         (lambda: public_state(channels=(8, 32, 32)), r"is \(32,\) in the checkpoint and \(16,\) in the network"),
         (with_scale_shift, "scale-shift norms don't fit"),
         (lambda: public_state(inputs=4), "takes 4 channels"),
-        (lambda: public_state(outputs=3), "without learned variance"),
+        (lambda: public_state(outputs=4), "predicts 4 channels"),
         (lambda: {"model": {}, "optimizer": {}}, "first name is 'model'"),
         (dict, "neither improved-diffusion's"),
     ],

@@ -5,7 +5,8 @@ image keeps its meaning:
 
 - first conv: the weights of the image's channels are summed (grey is the same value in R, G and B), and those of the
   condition start at zero: the network begins by ignoring the mask;
-- last conv: ε and v are each averaged over the image's channels.
+- last conv: ε and v are each averaged over the image's channels. A network without learned variance has no v; it
+  becomes −1 everywhere, which is the variance of the posterior, β̃.
 
 So a converted RGB network returns, for x_t, the mean over RGB of what the original returns for x_t in all three
 channels. That is a warm start for training, not a model of CT.
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets import DiffusionModelUNet
+from torch import nn
 
 State = Mapping[str, torch.Tensor]
 
@@ -89,7 +91,7 @@ def from_improved_diffusion(state_dict: State, network: DiffusionModelUNet) -> d
 
 
 def from_monai_generative(state_dict: State, network: DiffusionModelUNet) -> dict[str, torch.Tensor]:
-    """Rename monai-generative's weights; it has ε = 1e-6 in its norms, so give the network `norm_eps=1e-6`.
+    """Rename monai-generative's weights, and give the network's norms the ε of there, 1e-6, which no weights tell.
 
     Its attention has a projection, `proj_attn`, that its forward never calls (0.2.3): those numbers are untrained.
     The identity takes their place here; copying them, as MONAI's `load_old_state_dict` does, gives another function.
@@ -110,7 +112,11 @@ def from_monai_generative(state_dict: State, network: DiffusionModelUNet) -> dic
         name = re.sub(r"\.to_([qkv])\.", r".attn.to_\1.", name)
         name = name.replace(".proj_attn.", ".attn.out_proj.").replace(".upsampler.conv.", ".upsampler.postconv.")
         state[name] = value
-    return _fit(state, network)
+    state = _fit(state, network)
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = 1e-6
+    return state
 
 
 def _improved_diffusion_names(network: DiffusionModelUNet) -> Iterator[tuple[str, str]]:
@@ -206,9 +212,11 @@ def _adapt_input(weight: torch.Tensor, channels: int) -> torch.Tensor:
 def _adapt_output(rows: torch.Tensor, channels: int) -> torch.Tensor:
     if len(rows) == channels:
         return rows
-    if (len(rows), channels) != (6, 2):
+    if channels != 2 or len(rows) not in (1, 3, 6):
         raise CheckpointError(
-            f"the checkpoint predicts {len(rows)} channels: only {channels}, or 6 (ε and v of RGB), can be used; "
-            "a checkpoint without learned variance has no v"
+            f"the checkpoint predicts {len(rows)} channels: only {channels}, 6 (ε and v of RGB), 3 or 1 (ε) can be used"
         )
-    return rows.unflatten(0, (2, 3)).mean(dim=1)
+    if len(rows) == 6:
+        return rows.unflatten(0, (2, 3)).mean(dim=1)
+    noise = rows.mean(dim=0, keepdim=True)
+    return torch.cat([noise, torch.full_like(noise, -1.0 if rows.ndim == 1 else 0.0)])
