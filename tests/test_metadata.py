@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import inspect
 import json
 import os
 import re
@@ -14,9 +15,12 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import monai.bundle
 import pytest
 import yaml
+from conftest import GENERATORS
 from jsonschema import Draft201909Validator, ValidationError
+from monai.bundle import ConfigParser
 
 from common.labels import CLASSES
 from common.transforms import AIR_HU, HU_WINDOW
@@ -27,6 +31,9 @@ SCHEMA = json.loads((Path(__file__).parent / "data" / "meta_schema_20240725.json
 PINS = dict(
     line.split("==") for line in (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
 )
+OPTIONAL = {"TotalSegmentator", "pydicom", "monailabel", "fastapi"}
+"""For Dice, for DICOM, and what MONAI Label's server brings along."""
+
 LARGEST_FILE = 25 * 1024**2
 LONGEST_LINE = 120
 
@@ -42,6 +49,19 @@ HEADINGS = [
     "# License",
 ]
 """The Model Zoo's template, in its order."""
+
+FILES = ["LICENSE", "configs/metadata.json", "configs/inference.yaml", "docs/README.md", "docs/data_license.txt"]
+FILES += ["configs/train.yaml", "configs/logging.conf"]
+"""What the Model Zoo requires, and what it and MONAI's documentation prefer; weights are for the package."""
+
+EVERYWHERE = ("bundle_root", "device", "dataset_dir", "output_dir")
+KEYS = {
+    "train": [*EVERYWHERE, *(f"train#{key}" for key in ("trainer", "trainer#max_epochs", "dataset", "handlers"))],
+    "inference": [*EVERYWHERE, "network_def", "inferer"],
+}
+"""What the Model Zoo's rules for contributions name."""
+
+SLICES = (("inputs", "image"), ("outputs", "pred"))
 
 pytestmark = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 
@@ -86,6 +106,29 @@ def test_the_schema_notices_what_is_missing(bundle, key):
         Draft201909Validator(SCHEMA).validate(incomplete)
 
 
+def test_files_of_the_model_zoo_are_there(bundle):
+    assert [name for name in FILES if not (bundle / name).is_file()] == []
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_configs_have_the_keys_of_the_model_zoo(bundle, name):
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / f"{name}.yaml")
+    assert [key for key in KEYS[name] if key not in parser] == []
+
+
+def test_the_name_says_nothing_wrong(bundle):
+    """MONAI Label takes bundles for what their names say; the Model Zoo wants words joined by underscores."""
+    assert re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", bundle.name)
+    assert not re.search("segmentation|detection|classification|deepedit|deepgrow", bundle.name)
+
+
+def test_no_paths_of_somebody_are_in_the_configs(bundle):
+    texts = {path: path.read_text(encoding="utf-8") for path in (bundle / "configs").iterdir()}
+    paths = {found for text in texts.values() for found in re.findall(r"(?<![\w./'\"])/\w+/\w+", text)}
+    assert paths <= {"/data/amos22"}
+
+
 def test_metadata_is_indented_by_four(bundle):
     text = (bundle / "configs" / "metadata.json").read_text(encoding="utf-8")
     assert text == json.dumps(metadata(bundle), indent=4, ensure_ascii=False) + "\n"
@@ -116,14 +159,17 @@ def test_required_packages_are_what_the_scripts_import(bundle):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
-    distributions = packages_distributions()
-    imported = {distributions[module][0] for module in modules - sys.stdlib_module_names}
-    optional = {"TotalSegmentator"}  # asked for where evaluation wants Dice
-    assert imported <= metadata(bundle)["required_packages_version"].keys() | optional | {"monai", "torch", "numpy"}
+    installed = packages_distributions()
+    named = metadata(bundle)["required_packages_version"].keys() | OPTIONAL | {"monai", "torch", "numpy"}
+    imported = {module: {module, *installed.get(module, ())} for module in modules - sys.stdlib_module_names}
+    assert [module for module, names in imported.items() if not names & named] == []
 
 
 def test_metadata_says_what_goes_in_and_comes_out(bundle):
     formats = metadata(bundle)["network_data_format"]
+    for name in ("train", "inference"):
+        side = yaml.safe_load((bundle / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))["image_size"]
+        assert all(formats[kind][key]["spatial_shape"] == [side, side] for kind, key in SLICES)
     # MONAI Label takes the first entries for the keys of the input and the output.
     assert next(iter(formats["inputs"])) == "image" and next(iter(formats["outputs"])) == "pred"
     assert formats["inputs"]["image"]["value_range"] == [CLASSES[0].id, CLASSES[-1].id]
@@ -149,10 +195,21 @@ def test_commands_in_the_readme_fit_the_bundle(bundle):
         for name in names:
             assert (bundle / name).is_file(), f"{name} in: {line}"
             ids |= yaml.safe_load((bundle / name).read_text(encoding="utf-8")).keys()
-        arguments = line.partition("monai.bundle run ")[2]
+        verb, _, arguments = line.partition("monai.bundle ")[2].partition(" ")
+        if verb != "run":
+            known = inspect.signature(getattr(monai.bundle, verb)).parameters.keys()
+            assert set(re.findall(r"--(\w+)", arguments)) <= known, line
+            continue
         run_id = re.match(r"\w+", arguments)
         options = {option.split("#")[0] for option in re.findall(r"--([\w#]+)", arguments)}
         assert {run_id[0] if run_id else "run"} | options - {"config_file"} <= ids, line
+
+
+def test_readme_says_what_can_be_exported(bundle):
+    """The Model Zoo wants to know of TorchScript and of TensorRT; what is said of the first, the verbs' tests try."""
+    text = readme(bundle)
+    assert "TorchScript" in text and "TensorRT" in text
+    assert any("ckpt_export" in line for line in commands(text)) == (bundle.name in GENERATORS)
 
 
 def test_configs_in_the_readme_exist(bundle):
