@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -371,6 +372,16 @@ def test_files_that_are_no_volume_are_refused_in_one_line(tmp_path):
         load_volume(tmp_path.parent)
 
 
+def test_without_pydicom_dicom_alone_is_refused(tmp_path, monkeypatch):
+    write_series(tmp_path / "ct", HU, AFFINES["LPS"])
+    nib.save(nib.Nifti1Image(HU, AFFINES["LPS"]), tmp_path / "ct.nii")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    for act in (lambda: load_volume(tmp_path / "ct"), lambda: save_series(tmp_path / "out", HU, AFFINES["LPS"])):
+        with pytest.raises(DicomError, match=r"^DICOM needs pydicom \(.*\): python -m pip install 'pydicom>=3\.0'$"):
+            act()
+    reads_as(tmp_path / "ct.nii", HU, AFFINES["LPS"])
+
+
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
 def test_other_formats_have_the_same_geometry(suffix, grid, tmp_path):
     lps = np.diag((-1.0, -1, 1, 1)) @ grid
@@ -517,6 +528,16 @@ def test_slices_that_a_seg_leaves_out_are_background(occupied, stated, step, lev
     expected = in_slices(*levels)[..., : levels[-1] + 1]
     first = nib.affines.from_matvec(np.diag((1, 1, step)), (0, 0, occupied[0]))
     reads_as(tmp_path / "seg.dcm", expected, AFFINES["LPS"] @ first)
+
+
+def test_frames_a_rounding_apart_are_of_one_slice(tmp_path):
+    label_map = all_classes()[..., 1:5]
+    write_seg(tmp_path / "seg.dcm", layers_of(label_map, OF_OURS), AFFINES["LPS"])
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    for k, frame in enumerate(seg.PerFrameFunctionalGroupsSequence):
+        frame.PlanePositionSequence[0].ImagePositionPatient[2] += k % 5 / 1000
+    seg.save_as(tmp_path / "seg.dcm")
+    np.testing.assert_array_equal(read_dicom(tmp_path / "seg.dcm").numpy(), label_map)
 
 
 def test_organs_lie_on_the_body_and_never_on_each_other(tmp_path):
