@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +15,8 @@ import pytest
 import torch
 import yaml
 from skimage.metrics import structural_similarity
-from test_convert import ImprovedDiffusionUNet, randomised
+from test_convert import ImprovedDiffusionUNet
+from tiny_networks import randomised
 
 from common.labels import BODY
 from common.networks.convert import convert
@@ -329,32 +328,3 @@ def test_public_weights_warm_start_the_conditional_bundle(bundles, run_bundle, a
     network = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["network"]
     expected = convert(public, ConditionalUNet(**sizes, num_head_channels=head_channels))
     assert all(torch.equal(network[name], expected[name]) for name in expected)
-
-
-def test_a_dereferenced_copy_stands_alone(bundles, amos, single, tiny_training, tiny_inference, tmp_path):
-    """`cp -rL` of a bundle trains and infers from another folder, by its own code and into its own folders."""
-    original = bundles["abdominal_ct_mask_guided_ddpm"]
-    copy = tmp_path / "copy"
-    shutil.copytree(original, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pt", "output"))
-    assert not any(path.is_symlink() for path in copy.rglob("*"))
-
-    tell = "$print('scripts from', __import__('scripts').__file__, 'common' in __import__('sys').modules)"
-    runs = (
-        (
-            "train",
-            "training",
-            tiny_training(original) | {"iterations": 2, "dataset_dir": amos, "cache_dir": tmp_path / "cache"},
-        ),
-        ("inference", "inference", tiny_inference(original) | {"dataset_dir": single}),
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for name, run_id, options in runs:
-        arguments = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-        arguments |= {"config_file": str(copy / "configs" / f"{name}.yaml"), "finalize": [tell]}
-        (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--args_file", str(tmp_path / "arguments.json")]
-        done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert f"scripts from {copy / 'scripts' / '__init__.py'} False" in done.stdout
-    assert {"model.pt", "checkpoint.pt"} <= {path.name for path in (copy / "models").iterdir()}
-    assert voxels(copy / "output" / "LPI_ct.nii.gz").shape == voxels(single / "LPI.nii.gz").shape
