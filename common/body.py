@@ -27,7 +27,8 @@ from .envelope import estimate_envelope
 from .files import replacing
 from .geometry import Orientation
 from .labels import BACKGROUND, BODY
-from .transforms import LabelMapError, check_label_map, check_same_geometry, file_name, load_volume
+from .loading import load_volume
+from .transforms import LabelMapError, check_label_map, check_same_geometry, file_name
 
 TISSUE_HU = -500.0
 """Halfway between air and water: what is denser is body or table."""

@@ -18,7 +18,8 @@ from .body import with_body
 from .files import replacing
 from .geometry import AxialGrid
 from .labels import BODY
-from .transforms import HU_WINDOW, check_label_map, check_same_geometry, load_volume, window
+from .loading import load_volume
+from .transforms import HU_WINDOW, check_label_map, check_same_geometry, window
 
 FORMAT = 1
 """Version of what a cache file holds; raise it whenever the same source would give other bytes."""
@@ -63,9 +64,10 @@ def build_cache(cases: Iterable[Mapping[str, str]], cache_dir: str | PathLike, s
 
 
 def _source_key(case: Mapping[str, str]) -> str:
-    """Short hash that changes when one of the two files of a case is replaced."""
+    """Short hash that changes when a file of a case is replaced."""
     sources = [Path(case[key]).resolve(strict=True) for key in ("image", "ct")]
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    files = [file for path in sources for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -96,7 +98,8 @@ def _claim(cache_dir: Path, parameters: dict) -> None:
 
 def _slices(case: Mapping[str, str], size: int) -> np.ndarray:
     """Preprocess one case: (D, 2, size, size) uint8, see `build_cache`."""
-    label, ct = load_volume(case["image"]), load_volume(case["ct"])
+    label = load_volume(case["image"])
+    ct = load_volume(case["ct"], label)
     ids = torch.from_numpy(check_label_map(label, case["image"]))
     check_same_geometry(label, ct)
     hu, affine = ct.as_tensor(), ct.affine.numpy()

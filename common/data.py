@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .dicom import SUFFIX as DICOM
-from .dicom import dicom_files
+from .dicom.slices import SUFFIX as DICOM
+from .dicom.slices import dicom_files
 
 logger = logging.getLogger(__name__)
 

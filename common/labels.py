@@ -52,3 +52,13 @@ BODY = 16
 NUM_CLASSES = len(CLASSES)
 ORGANS = CLASSES[1:BODY]
 """The 15 organs of AMOS22."""
+
+OTHER_NAMES = {
+    "gall bladder": "gallbladder",
+    "oesophagus": "esophagus",
+    "inferior vena cava": "postcava",
+    "urinary bladder": "bladder",
+    "prostate": "prostate/uterus",
+    "uterus": "prostate/uterus",
+}
+"""What others, such as TotalSegmentator, call classes, where more than case and the order of words differs."""

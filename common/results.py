@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import trange
 
 from .bundle import load_checkpoint
-from .dicom_out import check_series, save_series
+from .dicom.writing import check_series, save_series
 from .distributed import gather
 from .faithfulness import faithfulness
 from .files import replacing, sha256

@@ -154,6 +154,26 @@ def test_a_changed_source_is_built_again(tmp_path, cases):
     np.testing.assert_array_equal(np.load(new[1])[:, 1], as_seen(label))
 
 
+def test_a_changed_file_in_a_folder_of_a_series_changes_the_key(tmp_path, cases):
+    series = tmp_path / "series"
+    series.mkdir()
+    (series / "1.dcm").write_bytes(b"one")
+    case = cases[0] | {"ct": str(series)}
+    before = cache._source_key(case)
+    assert cache._source_key(case) == before
+    (series / "1.dcm").write_bytes(b"other")
+    assert cache._source_key(case) != before
+
+
+def test_a_ct_on_flipped_axes_gives_the_same_slices(tmp_path):
+    label, hu = random_volumes(3)
+    straight = save_case(tmp_path, "a", label, hu)
+    turned = straight | {"ct": str(tmp_path / "turned.nii.gz"), "case": "b"}
+    nib.save(nib.load(straight["ct"]).as_reoriented(np.array([[1, -1], [0, 1], [2, -1]])), turned["ct"])
+    one, other = (np.load(path) for path in build_cache([straight, turned], tmp_path / "cache", size=SIDE))
+    np.testing.assert_array_equal(one, other)
+
+
 def test_other_parameters_are_refused_before_work(tmp_path, cases):
     build_cache(cases, tmp_path / "cache", size=SIDE)
     before = files(tmp_path / "cache")

@@ -21,13 +21,14 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 from scipy.spatial.transform import Rotation
 
 from common.data import case_list, mask_list
-from common.dicom import DicomError
-from common.dicom_in import read_dicom
-from common.dicom_out import save_series
+from common.dicom.reading import read_dicom
+from common.dicom.slices import DicomError
+from common.dicom.writing import save_series
 from common.evaluation.runs import read_run
 from common.labels import BODY, CLASSES
+from common.loading import LoadVolumed, load_volume
 from common.phantom import phantom
-from common.transforms import LoadVolumed, check_same_geometry, load_volume
+from common.transforms import check_same_geometry
 
 STRAIGHT = np.eye(3)
 TURN = Rotation.from_euler("xyz", (8, -11, 17), degrees=True).as_matrix()

@@ -98,9 +98,10 @@ def test_columns_are_mask_methods_real_and_grey_levels_are_those_of_the_window(c
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPI", "SAL"])
-def test_slices_are_shown_as_in_radiology_however_they_are_stored(case, draw, axes):
+def test_slices_are_shown_as_in_radiology_however_they_are_stored(case, draw, tmp_path, axes):
     labels, hu = marked_corner()
     case("a", labels, hu, axes, run=hu)
+    save(tmp_path / "real" / "a.nii.gz", hu, "LAI")  # on other axes than its mask
     mask, *cts = cells(draw("run", "--slices", "a:2")[0], 3)
     for marked in (is_color(mask, LIVER), *(ct[..., 0] > 215 for ct in cts)):
         rows, columns = (np.flatnonzero(marked.any(axis)) for axis in (1, 0))

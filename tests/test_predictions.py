@@ -24,6 +24,13 @@ def test_each_case_gets_the_volume_of_its_name(tmp_path):
     assert with_predictions(cases(3), str(tmp_path), "out") == listed
 
 
+def test_a_volume_may_be_a_dicom_series(tmp_path):
+    (tmp_path / "p.0_ct").mkdir()
+    (tmp_path / "p.1_ct.nii.gz").touch()
+    made = [case["made"] for case in with_predictions(cases(2), tmp_path, "out")]
+    assert made == [str(tmp_path / "p.0_ct"), str(tmp_path / "p.1_ct.nii.gz")]
+
+
 def test_without_a_folder_nothing_changes():
     assert with_predictions(cases(2), None, "out") == cases(2)
 

@@ -24,8 +24,9 @@ from ..data import mask_list
 from ..files import replacing
 from ..geometry import Orientation
 from ..labels import BACKGROUND, BODY, CLASSES
+from ..loading import load_volume
 from ..report import colorize, fullest_slice
-from ..transforms import HU_WINDOW, check_label_map, check_same_geometry, load_volume
+from ..transforms import HU_WINDOW, check_label_map, check_same_geometry
 from .runs import Run, read_run
 
 CELL = 2.0
@@ -69,7 +70,7 @@ def cut_strips(case: str, levels: Sequence[int], mask: Path, real: Path, synthet
     volume = load_volume(mask)
     ids, affine = torch.from_numpy(check_label_map(volume, str(mask))), np.asarray(volume.affine)
     if not (ids == BODY).any():
-        ct = load_volume(real)
+        ct = load_volume(real, volume)
         check_same_geometry(volume, ct)
         ids = with_body(ids, affine, ct.as_tensor())
     orientation = Orientation.of(affine)
@@ -80,7 +81,7 @@ def cut_strips(case: str, levels: Sequence[int], mask: Path, real: Path, synthet
         raise ValueError(f"{case} has no slice {absent[0]}: choose from 0 (feet) to {labels.shape[2] - 1} (head)")
     cuts: list[list[np.ndarray]] = [[] for _ in levels]
     for path in (*synthetic, real):  # no more than one of them in memory
-        made = load_volume(path)
+        made = load_volume(path, volume)
         check_same_geometry(volume, made)
         slices = orientation.apply(made.as_tensor())
         for cut, level in zip(cuts, levels, strict=True):

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 def with_predictions(
     cases: Sequence[dict[str, str]], folder: str | os.PathLike | None, output_dir: str | os.PathLike
 ) -> list[dict[str, str]]:
-    """Add the synthetic CT of each case, `CASE_ct.nii.gz` in the folder, under the key `made`; without a folder none.
+    """Add the synthetic CT of each case, `CASE_ct.nii.gz` or the series `CASE_ct/` in the folder, under the key `made`.
+
+    Without a folder they stay as they are.
 
     Raises:
         FileNotFoundError: a case has none.
@@ -27,8 +29,11 @@ def with_predictions(
         return list(cases)
     if Path(folder).resolve() == Path(output_dir).resolve():
         raise ValueError(f"predictions_dir and output_dir are both {folder}: name another output_dir")
-    made = [{**case, "made": str(Path(folder) / f"{case['case']}_ct.nii.gz")} for case in cases]
-    missing = [Path(case["made"]).name for case in made if not Path(case["made"]).is_file()]
+    made = []
+    for case in cases:
+        series = Path(folder) / f"{case['case']}_ct"
+        made.append({**case, "made": str(series if series.is_dir() else series.with_name(f"{series.name}.nii.gz"))})
+    missing = [Path(case["made"]).name for case in made if not Path(case["made"]).exists()]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise FileNotFoundError(

@@ -17,18 +17,8 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from .dicom import DicomError, dicom_files, even_grid, pydicom
-from .labels import BACKGROUND, BODY, CLASSES
-
-OTHER_NAMES = {
-    "gall bladder": "gallbladder",
-    "oesophagus": "esophagus",
-    "inferior vena cava": "postcava",
-    "urinary bladder": "bladder",
-    "prostate": "prostate/uterus",
-    "uterus": "prostate/uterus",
-}
-"""What others, such as TotalSegmentator, call our classes, where more than the order of words differs."""
+from ..labels import BACKGROUND, BODY, CLASSES, OTHER_NAMES
+from .slices import DicomError, dicom_files, even_grid, pydicom
 
 UNKNOWN = 255
 """Instead of a class id."""

@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from .dicom import LPS_TO_RAS, DicomError, dicom_files, pydicom
-from .files import replacing
-from .geometry import Orientation
-from .transforms import HU_WINDOW
+from ..files import replacing
+from ..geometry import Orientation
+from ..transforms import HU_WINDOW
+from .slices import LPS_TO_RAS, DicomError, dicom_files, pydicom
 
 NOTE = "synthetic CT: made from a label map by a generative model, not acquired from a patient; for research only"
 

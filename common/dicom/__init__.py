@@ -1,0 +1,1 @@
+"""DICOM in and out, for which pydicom is needed."""
