@@ -40,8 +40,8 @@ train-demo: .venv/installed
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[test,evaluation]'
 	touch $@
 
-# MONAI Label, whose pins exclude those of constraints.txt.
+# MONAI Label, whose pins exclude most of constraints.txt; the torch is the same.
 .venv-label/installed: setup.cfg
 	python3 -m venv .venv-label
-	.venv-label/bin/python -m pip install --quiet --editable '.[label]' pytest
+	.venv-label/bin/python -m pip install --quiet --editable '.[label]' pytest $$(grep ^torch== constraints.txt)
 	touch $@
