@@ -24,6 +24,8 @@ from common.distributed import replicate
 from common.phantom import write_dataset
 
 ITERATIONS = 3
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_LOCALID": "none of torchrun's"}
+"""What a process sees in a job; Ignite would take its local rank from there."""
 
 PREPARE_FROM_CONTENT = '''
 import zlib
@@ -97,7 +99,8 @@ def together(bundles, folder, options):
             "output_dir": f"$'{folder / name}/rank' + os.environ['RANK']",
         }
         (folder / "arguments.json").write_text(json.dumps(arguments | overrides))
-        done = torchrun(folder, "-m", "monai.bundle", "run", "training", "--args_file", folder / "arguments.json")
+        command = ("-m", "monai.bundle", "run", "training", "--args_file", folder / "arguments.json")
+        done = torchrun(folder, *command, **SLURM)
         assert done.returncode == 0, done.stderr
         return folder / name
 
@@ -394,7 +397,7 @@ def test_the_cases_of_a_lost_rank_are_made_up_by_a_rerun(bundles, run_bundle, fo
     arguments = {"config_file": [str(bundle / "configs" / f"{name}.yaml") for name in overlays]}
     (folder / "arguments.json").write_text(json.dumps(options | arguments | {"output_dir": str(together)}))
     command = ("-m", "monai.bundle", "run", "--args_file", folder / "arguments.json")
-    lost, of_each = sampled("of_lost", lambda: torchrun(folder, *command, VICTIM="1"))
+    lost, of_each = sampled("of_lost", lambda: torchrun(folder, *command, VICTIM="1", **SLURM))
     assert lost.returncode != 0 and "SIGKILL" in lost.stderr
     assert of_each == {"0": [a, c], "1": [b, d]}
     done = {f"{case}_{what}" for case in cases[:2] for what in ("ct.nii.gz", "preview.png")}
