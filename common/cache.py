@@ -18,7 +18,7 @@ from .body import with_body
 from .files import replacing
 from .geometry import AxialGrid
 from .labels import BODY
-from .loading import load_volume
+from .loading import fill, load_volume
 from .transforms import HU_WINDOW, check_label_map, check_same_geometry, window
 
 FORMAT = 1
@@ -100,6 +100,7 @@ def _slices(case: Mapping[str, str], size: int) -> np.ndarray:
     """Preprocess one case: (D, 2, size, size) uint8, see `build_cache`."""
     label = load_volume(case["image"])
     ct = load_volume(case["ct"], label)
+    label = fill(label, ct)
     ids = torch.from_numpy(check_label_map(label, case["image"]))
     check_same_geometry(label, ct)
     hu, affine = ct.as_tensor(), ct.affine.numpy()

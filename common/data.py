@@ -99,7 +99,7 @@ def mask_list(folder: str | PathLike) -> list[dict[str, str]]:
 
 def _case_name(path: Path) -> str:
     """File name without the suffix of its format; a folder's name as it is."""
-    return next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
+    return next((path.name[: -len(suffix)] for suffix in SUFFIXES if path.name.lower().endswith(suffix)), path.name)
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
@@ -108,7 +108,13 @@ def _volumes(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"no folder {folder}: check the path")
     volumes: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and (path.name.endswith(SUFFIXES) or (path.is_dir() and dicom_files(path))):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not dicom_files(path):
+            deeper = next((child for child in sorted(path.iterdir()) if child.is_dir() and dicom_files(child)), None)
+            if deeper is not None:
+                logger.warning("%s is left out: a DICOM series must lie in a folder of %s itself", deeper, folder)
+        elif path.is_dir() or path.name.lower().endswith(SUFFIXES):
             other = volumes.setdefault(_case_name(path), path)
             if other != path:
                 raise ValueError(f"{other} and {path.name} are the same case: keep one of them")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import TracebackType
 
-PACKAGE = Path(__file__).absolute().parent
+PACKAGES = ("common", "scripts")
+"""What this package is called: in the repository, and in a bundle."""
 
 RAISED = (ValueError, OSError, FloatingPointError)
 """What this package raises on purpose, subclasses included."""
@@ -21,10 +21,16 @@ def report_in_one_line() -> None:
     sys.excepthook = _print_error
 
 
-def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def refusal(error: BaseException) -> BaseException | None:
+    """The error that this package raised on purpose and others wrapped into this one; None where there is none."""
     cause: BaseException | None = error
     while cause is not None and not _is_ours(cause):
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return cause
+
+
+def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    cause = refusal(error)
     if cause is None:
         sys.__excepthook__(kind, error, traceback)
     else:
@@ -38,4 +44,5 @@ def _is_ours(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    return traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).absolute().parents
+    # By name and not by place, because a bundle has a copy of this package, and MONAI Label serves several.
+    return traceback is not None and traceback.tb_frame.f_globals["__name__"].partition(".")[0] in PACKAGES

@@ -43,9 +43,9 @@ def write_html(output_dir: str | os.PathLike) -> Path:
     """
     folder = Path(output_dir)
     report = read_report(folder)
-    metrics = read_metrics(folder, report) or {"metrics": {}, "cases": []}
+    metrics = read_metrics(folder) or {"metrics": {}, "cases": []}
     with replacing(folder / "report.html") as temporary:
-        text = _page(folder, report, metrics, read_dice(folder, report))
+        text = _page(folder, report, metrics, read_dice(folder))
         # File names may hold bytes that are no UTF-8.
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
     return folder / "report.html"

@@ -7,12 +7,15 @@ from os import PathLike
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import EnsureChannelFirst, LoadImage, MapTransform, Orientation
+from torch.nn.functional import pad
 
 from .dicom.reading import read_dicom
 from .dicom.slices import DicomError, dicom_files
+from .transforms import file_name
 
 
 def load_volume(path: str | PathLike, like: MetaTensor | None = None) -> MetaTensor:
@@ -45,12 +48,38 @@ def _turned(volume: MetaTensor, like: MetaTensor) -> MetaTensor:
     return Orientation(axcodes=wanted, labels=(("L", "R"), ("P", "A"), ("I", "S")))(volume[None])[0]
 
 
+def fill(label: MetaTensor, ct: MetaTensor) -> MetaTensor:
+    """Bring a SEG's label map (..., X, Y, Z) to the grid of its CT: slices that a SEG leaves out are empty.
+
+    Args:
+        label: volume that `load_volume` read; one that isn't of a SEG, or doesn't lie within the CT voxel on voxel,
+            comes back as it is.
+        ct: its CT, on the same axes.
+    """
+    if not dicom_files(file_name(label)) or label.shape[-3:] == ct.shape[-3:]:
+        return label
+    to_ct = np.linalg.solve(ct.affine.numpy(), label.affine.numpy())
+    before = np.round(to_ct[:3, 3]).astype(int)
+    after = np.array(ct.shape[-3:]) - label.shape[-3:] - before
+    apart = np.abs(to_ct[:3, :3] - np.eye(3)) * np.array(label.shape[-3:])
+    if max(apart.max(), np.abs(to_ct[:3, 3] - before).max()) > 0.1 or min(before.min(), after.min()) < 0:
+        return label
+    margins = [int(n) for axis in (2, 1, 0) for n in (before[axis], after[axis])]
+    return MetaTensor(pad(label.as_tensor(), margins), affine=ct.affine, meta=label.meta)
+
+
 class LoadVolumed(MapTransform):
-    """`load_volume` for the files at the keys, with the channel first, (1, X, Y, Z), all on the axes of the first."""
+    """`load_volume` for the files at the keys, with the channel first, (1, X, Y, Z).
+
+    The first is the label map; all come on its axes, and it on the grid of the second (see `fill`).
+    """
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
-        data, first = dict(data), None
-        for key in self.key_iterator(data):
-            data[key] = EnsureChannelFirst()(load_volume(data[key], first))
-            first = data[key] if first is None else first
+        label, *others = self.key_iterator(data)
+        data = dict(data)
+        data[label] = EnsureChannelFirst()(load_volume(data[label]))
+        for key in others:
+            data[key] = EnsureChannelFirst()(load_volume(data[key], data[label]))
+        if others:
+            data[label] = fill(data[label], data[others[0]])
         return data

@@ -10,18 +10,16 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from monailabel.app import app
 
-from .errors import RAISED
+from .errors import refusal
 
 
 @app.exception_handler(Exception)
 def answer(request: Request, error: Exception) -> JSONResponse:
     """What a bundle refuses as status 422 and `{"detail": reason}`, FastAPI's form for a request that can't be served.
 
-    Errors of another kind, which may be bugs, stay a status 500. All go on to the server's log.
+    Errors of other origin, which may be bugs, stay a status 500. All go on to the server's log.
     """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, RAISED):
-        cause = cause.__cause__ or cause.__context__
+    cause = refusal(error)
     if cause is None:
         return JSONResponse({"detail": "Internal Server Error"}, 500)
     return JSONResponse({"detail": str(cause)}, 422)

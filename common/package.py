@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
-from .bundle_check import MODEL, WEIGHTS, check_bundle
+from .bundle_check import LARGE_FILES, MODEL, WEIGHTS, check_bundle
 from .files import replacing, sha256
 
 BUNDLES = Path(__file__).absolute().parents[1] / "bundles"
 
-PARTS = ("LICENSE", "large_files.yml", "configs", "docs", "scripts", *WEIGHTS)
+PARTS = ("LICENSE", LARGE_FILES, "configs", "docs", "scripts", *WEIGHTS)
 """What a zip takes from a bundle's folder. All else there is its user's: label maps, results, trainings."""
 
 TEXT_LINK = 256
@@ -56,8 +58,25 @@ def _files(name: str, path: Path) -> Iterator[tuple[str, Path]]:
         yield name, path
 
 
+def check_tracked(files: dict[str, Path]) -> None:
+    """Refuse files that Git doesn't know, weights excepted: a note, a backup, a module that nobody else has.
+
+    Where the repository is no checkout, or Git doesn't answer, nobody knows, and nothing is refused.
+    """
+    root = BUNDLES.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return
+    listed = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True)
+    if listed.returncode:  # Git won't say, in another user's folder for example
+        return
+    known = {(root / os.fsdecode(name)).resolve() for name in listed.stdout.split(b"\0")}
+    for name, path in files.items():
+        if name not in WEIGHTS and name != LARGE_FILES and path.resolve() not in known:
+            raise ValueError(f"{path} would go into the zip, but isn't in Git: add it there or move it away")
+
+
 def gather(bundle: Path, weights: bool = True) -> dict[str, Path]:
-    """The files of a bundle as `bundle_files` gives them, checked by `check_bundle`.
+    """The files of a bundle as `bundle_files` gives them, checked by `check_tracked` and `check_bundle`.
 
     Args:
         bundle: its folder.
@@ -66,6 +85,7 @@ def gather(bundle: Path, weights: bool = True) -> dict[str, Path]:
     files = bundle_files(bundle)
     if not weights:
         files.pop(MODEL, None)
+    check_tracked(files)
     check_bundle(bundle, files, weights)
     return files
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from datetime import datetime
 from pathlib import Path
+
+MEASURED = ("metrics.json", "metrics.csv", "metrics.md", "organ_dice.csv")
+"""What evaluation writes beside `report.json`."""
 
 
 def read_report(folder: Path) -> dict:
@@ -24,28 +26,23 @@ def read_report(folder: Path) -> dict:
     return report
 
 
-def read_metrics(folder: Path, report: dict) -> dict | None:
-    """The `metrics.json` of the run of that report; None where that run measured nothing.
+def read_metrics(folder: Path) -> dict | None:
+    """The `metrics.json` of a run; None where it measured nothing.
 
     Raises:
         ValueError: a damaged file.
     """
     path = folder / "metrics.json"
-    return _read(path) if _is_of_run(path, report) else None
+    return _read(path) if path.is_file() else None
 
 
-def read_dice(folder: Path, report: dict) -> dict[str, dict[str, float]]:
-    """Dice by case and organ out of the `organ_dice.csv` of the run of that report; empty where there is none."""
+def read_dice(folder: Path) -> dict[str, dict[str, float]]:
+    """Dice by case and organ out of the `organ_dice.csv` of a run; empty where there is none."""
     path = folder / "organ_dice.csv"
-    if not _is_of_run(path, report):
+    if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
         return {row.pop("case"): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
-
-
-def _is_of_run(path: Path, report: dict) -> bool:
-    """Whether the run wrote the file, or another one left it in the same folder, before."""
-    return path.is_file() and path.stat().st_mtime >= datetime.fromisoformat(report["started"]).timestamp()
 
 
 def _read(path: Path) -> dict:

@@ -28,6 +28,7 @@ from .faithfulness import faithfulness
 from .files import replacing, sha256
 from .html_report import write_html
 from .inferers import VolumeInferer
+from .records import MEASURED
 from .report import HU_BINS, hu_histogram, hu_statistics, label_histogram, save_preview
 from .transforms import file_name
 
@@ -86,7 +87,8 @@ class ResultWriter:
     Reads from the engine's decollated batch `label_map`, the label map on its own grid, and from its output `pred`, the
     CT in HU on that grid, and in evaluation `real`, the real CT as coarse as the synthetic one. At the end
     `report.html` shows the report and what the handlers of an evaluation have written. Under torchrun each process
-    writes its own cases and the first one the report, with the cases of all when the run is complete.
+    writes its own cases and the first one the report, with the cases of all when the run is complete. What an earlier
+    run measured in the same folder is removed: it would be taken for this one's.
 
     Args:
         output_dir: folder to write into.
@@ -96,7 +98,7 @@ class ResultWriter:
         keep_identity: in DICOM, take patient and study over from the label map's, which has to be DICOM then.
 
     Raises:
-        ValueError: another format, or an identity to keep in NIfTI.
+        ValueError: another format, a `keep_identity` that is neither True nor False, or an identity to keep in NIfTI.
     """
 
     def __init__(
@@ -109,6 +111,8 @@ class ResultWriter:
     ) -> None:
         if output_format not in ("nifti", "dicom"):
             raise ValueError(f"output_format is {output_format!r}: choose nifti or dicom")
+        if not isinstance(keep_identity, bool):  # "false" on a command line is a word, and would count as yes
+            raise ValueError(f"keep_identity is {keep_identity!r}: write True or False")
         if keep_identity and output_format != "dicom":
             raise ValueError("a NIfTI has no identity to keep: add --output_format dicom, or leave out --keep_identity")
         self.output_dir = Path(output_dir)
@@ -132,6 +136,9 @@ class ResultWriter:
 
     def _start(self, engine: Engine) -> None:
         self.cases = []
+        if idist.get_rank() == 0:
+            for name in MEASURED:
+                (self.output_dir / name).unlink(missing_ok=True)
         self.origin = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {

@@ -186,6 +186,20 @@ def test_a_case_in_two_formats_is_refused(tmp_path):
     one_line(error)
 
 
+def test_suffixes_in_capitals_count_too(tmp_path):
+    touch(tmp_path / "a.NII.GZ", tmp_path / "b.Mha")
+    assert [entry["case"] for entry in mask_list(tmp_path)] == ["a", "b"]
+
+
+def test_a_series_that_lies_too_deep_is_named(tmp_path, caplog):
+    touch(tmp_path / "a.nii.gz")
+    series = tmp_path / "patient" / "study"
+    series.mkdir(parents=True)
+    (series / "1").write_bytes(bytes(128) + b"DICM")
+    assert [entry["case"] for entry in mask_list(tmp_path)] == ["a"]
+    assert caplog.messages == [f"{series} is left out: a DICOM series must lie in a folder of {tmp_path} itself"]
+
+
 def test_mask_list(tmp_path):
     touch(tmp_path / "b.nrrd", tmp_path / "a.b.nii.gz", tmp_path / "notes.json")
     assert mask_list(tmp_path) == [

@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 from common.data import case_list, mask_list
 from common.dicom.reading import read_dicom
 from common.dicom.slices import DicomError
-from common.dicom.writing import save_series
+from common.dicom.writing import check_series, save_series
 from common.evaluation.runs import read_run
 from common.labels import BODY, CLASSES
 from common.loading import LoadVolumed, load_volume
@@ -207,6 +207,8 @@ def test_what_a_source_does_not_know_is_new(tmp_path):
     images = slices_of(tmp_path / "ct")
     assert {(image.PatientID, image.StudyID) for image in images} == {("P-7", "")}
     assert len({image.StudyInstanceUID for image in images}) == 1 and images[0].StudyInstanceUID.is_valid
+    assert {(image.StudyDate, image.StudyTime) for image in images} == {("", "")}  # not the date of today
+    assert all(image.SeriesDate for image in images)
 
 
 @pytest.mark.parametrize("column", [0, 2])
@@ -295,6 +297,33 @@ def test_a_series_is_the_volume_that_was_written(name, tmp_path):
     reads_as(tmp_path / "ct", expected, AFFINES[name])
 
 
+def test_each_slice_is_rescaled_as_it_says(tmp_path):
+    stored = (HU // 2 + 1600).astype(np.uint16)
+    write_series(tmp_path / "ct", stored, AFFINES["LPS"])
+    expected = stored.astype(float)
+    places = {position[2]: k for k, (*_, position) in enumerate(geometry(AFFINES["LPS"], 0, HU.shape[2]))}
+    for file in (tmp_path / "ct").iterdir():
+        image = pydicom.dcmread(file)
+        k = places[str(image.ImagePositionPatient[2])]
+        image.RescaleSlope, image.RescaleIntercept = 1 + k / 2, -1024 * k
+        image.save_as(file)
+        expected[..., k] = stored[..., k] * (1 + k / 2) - 1024 * k
+    reads_as(tmp_path / "ct", expected, AFFINES["LPS"])
+
+
+def test_roundings_of_directions_and_a_directory_beside_the_slices_do_not_matter(tmp_path):
+    write_series(tmp_path / "ct", HU, AFFINES["oblique"])
+    for k, file in enumerate(sorted((tmp_path / "ct").iterdir())):
+        image = pydicom.dcmread(file)
+        image.ImageOrientationPatient[k] = f"{float(image.ImageOrientationPatient[k]) + 1e-6:.12f}"
+        image.save_as(file)
+    directory = item(SOPClassUID="1.2.840.10008.1.3.10", SOPInstanceUID=generate_uid(), DirectoryRecordSequence=[])
+    written_by(tmp_path / "ct" / "DICOMDIR", directory)
+    read = load_volume(tmp_path / "ct")
+    np.testing.assert_array_equal(read.numpy(), HU)
+    np.testing.assert_allclose(read.affine, AFFINES["oblique"], atol=1e-4)
+
+
 def test_slices_ascend_along_their_normal_whatever_their_order(tmp_path):
     grid = AFFINES["oblique and left-handed"]
     write_series(tmp_path / "ct", HU, grid)
@@ -381,6 +410,12 @@ def test_without_pydicom_dicom_alone_is_refused(tmp_path, monkeypatch):
         with pytest.raises(DicomError, match=r"^DICOM needs pydicom \(.*\): python -m pip install 'pydicom>=3\.0'$"):
             act()
     reads_as(tmp_path / "ct.nii", HU, AFFINES["LPS"])
+
+
+def test_an_old_pydicom_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(pydicom, "__version__", "2.4.5")
+    with pytest.raises(DicomError, match=r"^DICOM needs pydicom 3, not 2\.4\.5: python -m pip install"):
+        check_series(AFFINES["LPS"], "mask.nii")
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
@@ -518,8 +553,10 @@ def in_slices(*occupied: int) -> np.ndarray:
     ("occupied", "stated", "step", "levels"),
     [
         ((2, 3, 7), None, 1, (0, 1, 5)),
-        ((2, 3, 7), 9.9, 1, (0, 1, 5)),  # what lies there counts more than what is said
+        ((2, 3, 7), 9.9, 1, (0, 1, 5)),  # what is said doesn't fit
         ((1, 3, 9), None, 2, (0, 1, 4)),
+        ((1, 3, 9), 2.5, 1, (0, 2, 8)),  # every second one, of which positions alone say nothing
+        ((1, 9), 2.5, 1, (0, 8)),
         ((0, 2, 5), 2.5, 1, (0, 2, 5)),
         ((4,), 2.5, 1, (0,)),
     ],
@@ -529,6 +566,33 @@ def test_slices_that_a_seg_leaves_out_are_background(occupied, stated, step, lev
     expected = in_slices(*levels)[..., : levels[-1] + 1]
     first = nib.affines.from_matvec(np.diag((1, 1, step)), (0, 0, occupied[0]))
     reads_as(tmp_path / "seg.dcm", expected, AFFINES["LPS"] @ first)
+
+
+@pytest.mark.parametrize("axes", ["LPS", "oblique"])
+def test_a_seg_without_its_last_slices_lies_on_the_grid_of_its_ct(axes, tmp_path):
+    label_map = in_slices(3, 4, 6)
+    values = volume(*label_map.shape)
+    write_seg(tmp_path / "seg.dcm", {"liver": label_map > 0}, AFFINES[axes])
+    write_series(tmp_path / "ct", values, AFFINES[axes])
+    loaded = LoadVolumed(["image", "ct"])({"image": tmp_path / "seg.dcm", "ct": tmp_path / "ct"})
+    check_same_geometry(loaded["image"], loaded["ct"])
+    np.testing.assert_array_equal(loaded["image"][0].numpy(), label_map)
+    np.testing.assert_array_equal(loaded["ct"][0].numpy(), values)
+    np.testing.assert_allclose(loaded["image"].affine, AFFINES[axes], atol=1e-6)
+
+
+def test_a_seg_beside_its_ct_and_another_cropped_label_map_are_refused(tmp_path):
+    """Half a slice off, beyond the CT's end, or no SEG: what is missing isn't known to be empty."""
+    label_map = in_slices(3, 4, 6)
+    half, beyond = (AFFINES["LPS"] @ nib.affines.from_matvec(np.eye(3), (0, 0, k)) for k in (0.5, 4))
+    write_series(tmp_path / "ct", volume(*label_map.shape), AFFINES["LPS"])
+    for k, grid in enumerate((half, beyond)):
+        write_seg(tmp_path / f"{k}.dcm", {"liver": label_map > 0}, grid)
+    nib.save(nib.Nifti1Image(label_map[..., :7], AFFINES["LPS"]), tmp_path / "cropped.nii")
+    for name in ("0.dcm", "1.dcm", "cropped.nii"):
+        loaded = LoadVolumed(["image", "ct"])({"image": tmp_path / name, "ct": tmp_path / "ct"})
+        with pytest.raises(ValueError, match="not on the same grid"):
+            check_same_geometry(loaded["image"], loaded["ct"])
 
 
 def test_frames_a_rounding_apart_are_of_one_slice(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from common.errors import report_in_one_line
+from common.errors import refusal, report_in_one_line
 from common.evaluation.metrics import axial_slices
 from common.inferers import DiffusionSampler, VolumeNoise
 
@@ -40,6 +40,32 @@ def test_what_we_raise_on_purpose_is_one_line(printed):
 def test_a_bug_of_ours_keeps_its_traceback(printed):
     text = printed(lambda: axial_slices([{}]))
     assert "Traceback" in text and "KeyError: 'mask_slices'" in text and "Failed to instantiate" in text
+
+
+def test_what_we_raise_while_handling_counts_and_what_is_put_aside_does_not():
+    def error_of(call) -> BaseException:
+        with pytest.raises(Exception) as caught:
+            call()
+        return caught.value
+
+    def refuse():
+        VolumeNoise(0, "case", (2, 2), 2, correlation=2)
+
+    def bug_after_a_refusal():
+        try:
+            refuse()
+        except ValueError:
+            raise KeyError("bug") from None
+
+    def bug_while_handling_an_error_of_others():
+        try:
+            int("x")
+        except ValueError:
+            raise KeyError("bug")  # noqa: B904
+
+    assert refusal(error_of(refuse)).args[0].startswith("noise_correlation is 2")
+    assert refusal(error_of(bug_after_a_refusal)) is None
+    assert refusal(error_of(bug_while_handling_an_error_of_others)) is None
 
 
 def test_an_error_of_others_keeps_its_traceback(printed):

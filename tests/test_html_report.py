@@ -234,16 +234,6 @@ def test_metrics_are_those_of_the_evaluation(made):
     assert [second[name] for name in ("case", "slices", "SSIM", "mean Dice")] == ["amos_0002", "6", "0.7", "0.2500"]
 
 
-def test_metrics_of_another_run_stay_out(made, tmp_path):
-    metrics = {"metrics": {"SSIM": 0.5}, "cases": []}
-    fresh = made(report(FIRST), metrics, "case,liver\namos_0001,0.5\n")
-    assert "SSIM" in fresh.text and "Dice" in classes(fresh)["liver"]
-    for name in ("metrics.json", "organ_dice.csv"):
-        os.utime(tmp_path / name, (STARTED.timestamp() - 1,) * 2)
-    stale = made(report(FIRST))
-    assert "SSIM" not in stale.text and "Dice" not in classes(stale)["liver"]
-
-
 def test_histograms_are_of_all_voxels(made):
     document = made(report(FIRST, SECOND))
     drawings = {e.one("figcaption").text: e for e in sections(document)["HU"].all("figure")}

@@ -38,6 +38,13 @@ class Generator(nn.Module):
         return torch.tanh(image / 16 + nn.functional.conv2d(noise, weight) + self.inner.shift)
 
 
+class Inverted(Generator):
+    """Another kind with the same weights and options, as one activation in another's place."""
+
+    def forward(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return -super().forward(image, noise)
+
+
 class Denoiser(Generator):
     """The same as a denoiser."""
 
@@ -108,6 +115,7 @@ OTHERS = {
     "amp": {"made_by": inferer(amp=True)},
     "option of a module": {"network": Generator(shift=0.3)},
     "option of the network": {"network": Generator(levels=(1, 2))},
+    "kind of the network": {"network": Inverted()},
 }
 
 

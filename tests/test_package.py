@@ -23,6 +23,7 @@ from common.package import bundle_files, follow, gather, main, write_zip
 
 PROJECT = Path(__file__).absolute().parents[1]
 NAME = "abdominal_ct_conditional_ddpm"
+NAMES = sorted(path.parents[1].name for path in PROJECT.glob("bundles/*/configs/metadata.json"))
 
 
 def pack(bundle: Path, out: Path) -> Path:
@@ -103,6 +104,19 @@ def test_the_same_bytes_whenever_and_by_whomever(project, tmp_path):
     ):
         touch(bundle / rest, b"mine")
     assert pack(bundle, tmp_path / "second").read_bytes() == first
+
+
+def test_what_git_does_not_know_is_refused(tmp_path, monkeypatch):
+    repository = clone(tmp_path / "repository")
+    monkeypatch.setattr(package, "BUNDLES", repository / "bundles")
+    bundle = repository / "bundles" / NAME
+    gather(bundle, weights=False)
+    for stray in ("configs/mine.yaml", "docs/notes.txt", "scripts/networks/unet.py.orig"):
+        touch(bundle / stray)
+        with pytest.raises(ValueError, match=rf"{stray} would go into the zip, but isn't in Git: add it there or move"):
+            gather(bundle, weights=False)
+        subprocess.run(["git", "-C", repository, "add", "--force", (bundle / stray).resolve()], check=True)
+        gather(bundle, weights=False)
 
 
 def test_a_zip_holds_the_bundle_with_its_links_followed(tmp_path):
@@ -245,34 +259,40 @@ def test_two_bundles_in_one_process_stay_apart(own_scripts, unpack, workflow, am
     assert {bundle: results(bundle) for bundle in (one, other)} == alone
 
 
-def test_a_zip_unpacked_alone_trains_and_infers(unpack, amos, tiny_training, tiny_inference, tmp_path):
-    """In processes that can't import the repository, from a folder of no meaning, into the bundle's own folders."""
-    bundle = unpack("abdominal_ct_oasis")
+ALONE = """
+import json, sys
+from monai.bundle import run
+for run_id, options in json.load(open(sys.argv[1])).items():
+    run(run_id=run_id, **options)
+import scripts
+print("scripts from", scripts.__file__)
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_zip_unpacked_alone_trains_and_infers(name, unpack, amos, tiny_training, tiny_inference, tmp_path):
+    """In a process that can't import the repository, from a folder of no meaning, into the bundle's own folders."""
+    bundle = unpack(name)
     touch(tmp_path / "guard" / "common.py", b"raise ImportError('of the repository')\n")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    arguments = tmp_path / "arguments.json"
-    tell = "$print('scripts from', __import__('scripts').__file__)"
-    for run_id, config, options in (
-        ("training", "train", tiny_training(bundle) | {"dataset_dir": str(amos), "cache_dir": str(tmp_path / "cache")}),
-        (
-            "inference",
-            "inference",
-            tiny_inference(bundle) | {"dataset_dir": str(amos / "labelsVa"), "missing_body": "estimate"},
-        ),
-    ):
-        options |= {"config_file": str(bundle / "configs" / f"{config}.yaml"), "finalize": [tell]}
-        arguments.write_text(json.dumps(options))
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "monai.bundle", "run", run_id, "--args_file", str(arguments)],
-            cwd=elsewhere,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "guard")},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"scripts from {bundle / 'scripts' / '__init__.py'}" in done.stdout
+    training = tiny_training(bundle) | {"dataset_dir": str(amos), "cache_dir": str(tmp_path / "cache")}
+    inference = tiny_inference(bundle) | {"dataset_dir": str(amos / "labelsVa"), "missing_body": "estimate"}
+    runs = {
+        "training": training | {"config_file": str(bundle / "configs" / "train.yaml")},
+        "inference": inference | {"config_file": str(bundle / "configs" / "inference.yaml")},
+    }
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ALONE, str(tmp_path / "runs.json")],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "guard")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"scripts from {bundle / 'scripts' / '__init__.py'}" in done.stdout
     facts = torch.load(bundle / "models" / "model.pt", weights_only=True)["facts"]
     assert facts["bundle"] == bundle.name and facts["iteration"] == tiny_training(bundle)["iterations"]
     for path in (amos / "labelsVa").iterdir():

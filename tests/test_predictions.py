@@ -29,6 +29,9 @@ def test_a_volume_may_be_a_dicom_series(tmp_path):
     (tmp_path / "p.1_ct.nii.gz").touch()
     made = [case["made"] for case in with_predictions(cases(2), tmp_path, "out")]
     assert made == [str(tmp_path / "p.0_ct"), str(tmp_path / "p.1_ct.nii.gz")]
+    (tmp_path / "p.0_ct.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"p\.0_ct and p\.0_ct\.nii\.gz are the same case: keep one of them"):
+        with_predictions(cases(2), tmp_path, "out")
 
 
 def test_without_a_folder_nothing_changes():

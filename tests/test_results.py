@@ -248,6 +248,16 @@ def test_a_run_that_breaks_leaves_the_cases_that_were_done(tmp_path):
     assert [entry["case"] for entry in report_of(tmp_path / "output")["cases"]] == ["first"]
 
 
+def test_what_an_earlier_run_measured_is_not_taken_for_this_ones(tmp_path):
+    (tmp_path / "output").mkdir()
+    for name in ("metrics.json", "metrics.csv", "metrics.md", "organ_dice.csv"):
+        (tmp_path / "output" / name).write_text("of another run")
+    output = run(tmp_path, [case(tmp_path, "first", 6)])
+    assert {path.name for path in output.iterdir()} == {
+        *("report.json", "report.html", "first_ct.nii.gz", "first_preview.png")
+    }
+
+
 def test_what_later_handlers_write_at_the_end_is_in_the_page(tmp_path):
     cases = [case(tmp_path, "first", 6)]
     engine = evaluator(tmp_path, cases)
@@ -331,6 +341,7 @@ def test_a_case_that_can_not_be_written_is_found_before_it_is_sampled(tmp_path):
     ("options", "said"),
     [
         ({"output_format": "DICOM"}, "output_format is 'DICOM': choose nifti or dicom"),
+        ({"output_format": "dicom", "keep_identity": "false"}, "keep_identity is 'false': write True or False"),
         ({"keep_identity": True}, "a NIfTI has no identity to keep: add --output_format dicom"),
     ],
 )

@@ -41,7 +41,8 @@ def read_dicom(path: str | PathLike) -> MetaTensor:
     files = dicom_files(path)
     if not files:
         raise DicomError(f"{path}: no DICOM file there; give the folder that holds the files themselves")
-    headers = [pydicom().dcmread(file, stop_before_pixels=True) for file in files]
+    found = {file: pydicom().dcmread(file, stop_before_pixels=True) for file in files}
+    files, headers = zip(*((f, h) for f, h in found.items() if "DirectoryRecordSequence" not in h), strict=True)
     if len(files) == 1 and "SegmentSequence" in headers[0]:
         volume, affine = _label_map(pydicom().dcmread(files[0]), str(files[0]))
     elif Path(path).is_dir():
@@ -61,18 +62,19 @@ def _series(files: Sequence[Path], headers: Sequence[Any], name: str) -> tuple[n
         raise DicomError(f"{name}: {len(series)} series, {', '.join(series)}; leave one of them in this folder")
     if any("ImagePositionPatient" not in header for header in headers):
         raise DicomError(f"{name}: files that don't say where they lie; give a series of one file a slice")
-    if len({(*header.ImageOrientationPatient, *header.PixelSpacing) for header in headers}) > 1:
+    if not _are_close([(*header.ImageOrientationPatient, *header.PixelSpacing) for header in headers]):
         raise DicomError(f"{name}: slices of different directions or spacing; leave those of one volume in this folder")
     positions = np.array([header.ImagePositionPatient for header in headers], float)
     first = headers[0]
-    grid = even_grid(first.ImageOrientationPatient, first.PixelSpacing, positions, _distance(first), name)
+    grid = even_grid(first.ImageOrientationPatient, first.PixelSpacing, positions, (None, _distance(first)), name)
     places = len(set(grid.levels.tolist()))
     if places < grid.depth:
         raise DicomError(f"{name}: {grid.depth - places} of {grid.depth} slices are missing; export the series again")
     if places < len(files):
         raise DicomError(f"{name}: {len(files)} files for {places} slices; leave one file a slice in this folder")
     ascending = [str(files[k]) for k in np.argsort(grid.levels)]
-    volume = itk.array_from_image(itk.imread(ascending if places > 1 else ascending[0]))
+    # As float, because slices may be rescaled in different ways, and ITK would take the first one's type for all.
+    volume = itk.array_from_image(itk.imread(ascending if places > 1 else ascending[0], itk.F))
     if volume.ndim != 3:
         raise DicomError(f"{name}: slices in colour; give a CT in HU, or a label map of class ids")
     return volume.T, grid.affine
@@ -86,10 +88,13 @@ def _label_map(seg: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     frames = seg.PerFrameFunctionalGroupsSequence
     positions = np.array([_group(seg, f, "PlanePositionSequence").ImagePositionPatient for f in frames], float)
     orientations = [_group(seg, f, "PlaneOrientationSequence").ImageOrientationPatient for f in frames]
-    if len({tuple(orientation) for orientation in orientations}) > 1:
+    if not _are_close(orientations):
         raise DicomError(f"{name}: frames of different directions; save one volume in a SEG")
     measures = _group(seg, frames[0], "PixelMeasuresSequence")
-    grid = even_grid(orientations[0], measures.PixelSpacing, positions, _distance(measures), name)
+    # Which slices are empty and left out, positions don't say; the distance that the file states does.
+    stated = float(measures.get("SpacingBetweenSlices") or 0) or None
+    distances = (stated, None, _distance(measures))
+    grid = even_grid(orientations[0], measures.PixelSpacing, positions, distances, name)
 
     volume = np.zeros((seg.Columns, seg.Rows, grid.depth), np.uint8)
     # at once, because pydicom 3.0's iter_pixels stumbles over bits of frames that end within a byte
@@ -151,6 +156,11 @@ def class_ids(segments: Sequence[Any], name: str) -> np.ndarray:
 
 def _words(label: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"[^\W\d_]+|\d+", label)))
+
+
+def _are_close(directions: Sequence[Sequence[float]]) -> bool:
+    """Whether all are the same but for rounding."""
+    return np.ptp(np.array(directions, float), axis=0).max() < 1e-4
 
 
 def _group(seg: Any, frame: Any, name: str) -> Any:

@@ -22,6 +22,9 @@ UNEVEN = 0.1
 """How far, in slice distances, a slice may lie from where even distances would put it."""
 
 
+INSTALL = "python -m pip install 'pydicom>=3.0'"
+
+
 class DicomError(ValueError):
     """DICOM that can't be used; the message is one line that ends with a remedy."""
 
@@ -30,12 +33,14 @@ def pydicom() -> ModuleType:
     """The package of that name, which is needed for DICOM alone.
 
     Raises:
-        DicomError: it isn't installed.
+        DicomError: it isn't installed, or too old.
     """
     try:
         import pydicom
     except ImportError as error:
-        raise DicomError("DICOM needs pydicom (the extra `dicom`): python -m pip install 'pydicom>=3.0'") from error
+        raise DicomError(f"DICOM needs pydicom (the extra `dicom`): {INSTALL}") from error
+    if int(pydicom.__version__.partition(".")[0]) < 3:
+        raise DicomError(f"DICOM needs pydicom 3, not {pydicom.__version__}: {INSTALL}")
     return pydicom
 
 
@@ -47,7 +52,7 @@ def dicom_files(path: str | PathLike) -> list[Path]:
     path = Path(path)
     if path.is_dir():
         return [file for file in sorted(path.iterdir()) if file.is_file() and _is_dicom(file)]
-    return [path] if path.name.endswith(SUFFIX) else []
+    return [path] if path.name.lower().endswith(SUFFIX) else []
 
 
 def _is_dicom(file: Path) -> bool:
@@ -68,18 +73,21 @@ class Grid(NamedTuple):
 
 
 def even_grid(
-    orientation: Sequence[float], spacing: Sequence[float], positions: np.ndarray, stated: float | None, name: str
+    orientation: Sequence[float],
+    spacing: Sequence[float],
+    positions: np.ndarray,
+    distances: Sequence[float | None],
+    name: str,
 ) -> Grid:
     """The evenly spaced stack that slices belong to, ascending along their normal; it may lean.
 
-    Places may be empty (a SEG leaves out empty slices) and hold several slices (of several segments): the smallest
-    distance counts, or, where it doesn't fit the others, the one that the files state.
+    Places may be empty (a SEG leaves out empty slices) and hold several slices (of several segments).
 
     Args:
         orientation: ImageOrientationPatient.
         spacing: PixelSpacing: between rows, between columns.
         positions: ImagePositionPatient of each slice (N, 3).
-        stated: distance of slices that the files state.
+        distances: of slices, in mm; the first that fits all gaps counts. None is the smallest gap, or what isn't known.
         name: how messages call them.
 
     Raises:
@@ -92,10 +100,11 @@ def even_grid(
     gaps = np.diff(ascending @ normal)
     gaps[gaps < SAME_SLICE] = 0
     if gaps.any():
-        found = _stacked(ascending, gaps, gaps[gaps > 0].min()) or (stated and _stacked(ascending, gaps, stated))
+        tried = (_stacked(ascending, gaps, distance or gaps[gaps > 0].min()) for distance in distances)
+        found = next((stack for stack in tried if stack), None)
     else:
-        found = np.zeros(len(positions), int), normal * (stated or 1)
-    if not found:
+        found = np.zeros(len(positions), int), normal * next(filter(None, distances), 1)
+    if found is None:
         raise DicomError(f"{name}: slices lie at uneven distances; resample it to even ones and export it again")
     levels, step = found
     affine = np.eye(4)

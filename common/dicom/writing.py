@@ -125,8 +125,8 @@ def _header(affine: np.ndarray, identity_of: str | PathLike | None) -> Any:
             name: pydicom().uid.generate_uid()
             for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
         },
-        **{name: now.strftime("%Y%m%d") for name in ("StudyDate", "SeriesDate", "ContentDate")},
-        **{name: now.strftime("%H%M%S") for name in ("StudyTime", "SeriesTime", "ContentTime")},
+        **{f"{what}Date": now.strftime("%Y%m%d") for what in ("Study", "Series", "Content")},
+        **{f"{what}Time": now.strftime("%H%M%S") for what in ("Study", "Series", "Content")},
         "ImageOrientationPatient": _decimals((*along, *down)),
         "PixelSpacing": _decimals(spacing[:2]),
         "SliceThickness": _decimals(spacing[2:])[0],
@@ -134,6 +134,7 @@ def _header(affine: np.ndarray, identity_of: str | PathLike | None) -> Any:
     }
     if identity_of is not None:
         source = pydicom().dcmread(dicom_files(identity_of)[0], stop_before_pixels=True)
+        content |= {"StudyDate": "", "StudyTime": ""}  # of another's study only what its files say
         content |= {name: str(source[name].value) for name in IDENTITY if source.get(name)}
     for name, value in content.items():
         setattr(image, name, value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from ..data import mask_list
 from ..files import replacing
 from ..geometry import Orientation
 from ..labels import BACKGROUND, BODY, CLASSES
-from ..loading import load_volume
+from ..loading import fill, load_volume
 from ..report import colorize, fullest_slice
 from ..transforms import HU_WINDOW, check_label_map, check_same_geometry
 from .runs import Run, read_run
@@ -68,9 +69,10 @@ def cut_strips(case: str, levels: Sequence[int], mask: Path, real: Path, synthet
         ValueError: a slice that isn't there, files on different grids, or no label map.
     """
     volume = load_volume(mask)
+    ct = load_volume(real, volume)
+    volume = fill(volume, ct)
     ids, affine = torch.from_numpy(check_label_map(volume, str(mask))), np.asarray(volume.affine)
     if not (ids == BODY).any():
-        ct = load_volume(real, volume)
         check_same_geometry(volume, ct)
         ids = with_body(ids, affine, ct.as_tensor())
     orientation = Orientation.of(affine)
@@ -80,8 +82,7 @@ def cut_strips(case: str, levels: Sequence[int], mask: Path, real: Path, synthet
     if absent:
         raise ValueError(f"{case} has no slice {absent[0]}: choose from 0 (feet) to {labels.shape[2] - 1} (head)")
     cuts: list[list[np.ndarray]] = [[] for _ in levels]
-    for path in (*synthetic, real):  # no more than one of them in memory
-        made = load_volume(path, volume)
+    for made in chain((load_volume(path, volume) for path in synthetic), [ct]):  # one after the other, for memory
         check_same_geometry(volume, made)
         slices = orientation.apply(made.as_tensor())
         for cut, level in zip(cuts, levels, strict=True):

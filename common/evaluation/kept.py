@@ -19,6 +19,9 @@ from ..files import sha256
 from ..inferers import DiffusionSampler, GeneratorPass, VolumeInferer
 from .segmenter import Segmenter
 
+FORMAT = 2
+"""Version of what is kept; raise it whenever the same label map, weights and settings would give another volume."""
+
 
 class KeptVolumes(VolumeInferer):
     """A `VolumeInferer` that samples a volume once: made again of the same label map, network and settings, it is read.
@@ -43,7 +46,7 @@ class KeptVolumes(VolumeInferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Label volume (1, 1, H, W, D) of ids to CT (1, 1, H, W, D) float32 in [0, 1]."""
-        origin = {"weights": self.weights, "network": _options(network), **self.settings}
+        origin = {"format": FORMAT, "weights": self.weights, "network": _options(network), **self.settings}
         sample = partial(super().__call__, inputs, network)
         pred = _kept(self.folder, [inputs.cpu().numpy()], origin, sample)
         return convert_to_dst_type(pred, inputs, dtype=pred.dtype)[0]
@@ -69,7 +72,7 @@ class KeptSegmentations:
 def _options(network: nn.Module) -> list[str]:
     """What networks of the same weights may differ in: the plain values in their modules, such as a number of heads."""
     plain = bool | int | float | str | tuple | range
-    return [
+    return [f"{name}: {type(module).__name__}" for name, module in network.named_modules()] + [
         f"{name}.{key} = {value}"
         for name, module in network.named_modules()
         for key, value in vars(module).items()

@@ -23,7 +23,8 @@ def with_predictions(
 
     Raises:
         FileNotFoundError: a case has none.
-        ValueError: the folder is `output_dir`, where the report on the volumes would replace the one on their making.
+        ValueError: a case has both, or the folder is `output_dir`, where the report on the volumes would replace the
+            one on their making.
     """
     if folder is None:
         return list(cases)
@@ -31,8 +32,10 @@ def with_predictions(
         raise ValueError(f"predictions_dir and output_dir are both {folder}: name another output_dir")
     made = []
     for case in cases:
-        series = Path(folder) / f"{case['case']}_ct"
-        made.append({**case, "made": str(series if series.is_dir() else series.with_name(f"{series.name}.nii.gz"))})
+        series, volume = (Path(folder) / f"{case['case']}{suffix}" for suffix in ("_ct", "_ct.nii.gz"))
+        if series.is_dir() and volume.is_file():
+            raise ValueError(f"{series} and {volume.name} are the same case: keep one of them")
+        made.append({**case, "made": str(series if series.is_dir() else volume)})
     missing = [Path(case["made"]).name for case in made if not Path(case["made"]).exists()]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

@@ -51,7 +51,7 @@ def read_run(argument: str) -> Run:
     bundle = weights.get("bundle")
     if not (name or bundle):
         raise ValueError(f"{folder} doesn't say what made its volumes: give it a name, NAME={folder}")
-    measured = read_metrics(folder, report) or {"metrics": {}, "cases": []}
+    measured = read_metrics(folder) or {"metrics": {}, "cases": []}
     return Run(
         folder,
         name or METHODS.get(bundle, bundle),

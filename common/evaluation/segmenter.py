@@ -173,7 +173,8 @@ class BundleSegmenter:
         parser["postprocessing"]["transforms"] = [t for t in transforms if not t["_target_"].endswith("SaveImaged")]
         self.class_map = class_map
         classes = {str(theirs): ours for theirs, ours in class_map.items()}
-        self.settings = {"segmenter": bundle_dir.name, "weights": sha256(weights), "class_map": classes}
+        files = {"config": sha256(config), "weights": sha256(weights)}
+        self.settings = {"segmenter": bundle_dir.name, **files, "class_map": classes}
         self.preprocessing, self.inferer, self.postprocessing, network = (
             parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "postprocessing", "network_def")
         )
