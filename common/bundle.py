@@ -77,9 +77,10 @@ def load_weights(
     if path is None:
         return network
     if not Path(path).is_file():
+        others = ", ".join(map(str, sorted(Path(path).parent.glob("model*.pt"))))
         raise FileNotFoundError(
             f"no weights at {path}: train them (python -m monai.bundle run training --config_file configs/train.yaml "
-            "--dataset_dir ...) or name a file with --checkpoint"
+            f"--dataset_dir ...) or name a file with --checkpoint{others and f'; there is {others}'}"
         )
     content = load_checkpoint(path)
     weights, facts, expected = content.get("model", content), content.get("facts"), network.state_dict()

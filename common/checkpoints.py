@@ -47,6 +47,7 @@ class Checkpoints:
 
     Raises:
         FileNotFoundError: no file at `resume`.
+        FileExistsError: a new run in a folder that holds another's checkpoint.
         ValueError: an `interval` that parts an accumulation of gradients (when training starts).
         FloatingPointError: a loss or weights that aren't finite (while training).
     """
@@ -67,6 +68,12 @@ class Checkpoints:
     ) -> None:
         if resume is not None and not Path(resume).is_file():
             raise FileNotFoundError(f"no checkpoint to resume from at {resume}: name a checkpoint.pt of an earlier run")
+        last = Path(output_dir) / "checkpoint.pt"
+        if resume is None and last.is_file():
+            raise FileExistsError(
+                f"{last} is of an earlier training, which this one would replace: go on with it by --resume {last}, or "
+                "name another --output_dir"
+            )
         # without DDP's wrapper
         self.state = {name: getattr(part, "module", part) for name, part in state.items()}
         self.weights = getattr(weights, "module", weights)
@@ -92,7 +99,7 @@ class Checkpoints:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._watch)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
         engine.add_event_handler(Events.ITERATION_COMPLETED(lambda _, i: i in self.marks), self.save_mark)
-        engine.add_event_handler(Events.COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
         if self.refresh_interval is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.refresh_interval), self._prepare)
 
@@ -158,6 +165,12 @@ class Checkpoints:
             )
         if self.resume is not None:
             self.load(engine)
+
+    def _finish(self, engine: Engine) -> None:
+        self.save(engine)
+        if idist.get_rank() == 0:
+            iteration = engine.state.iteration
+            engine.logger.info("iteration %d: model.pt and checkpoint.pt in %s", iteration, self.output_dir)
 
     def _watch(self, engine: Engine) -> None:
         # Summed on the device and looked at now and then: looking makes the CPU wait for the GPU.

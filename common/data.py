@@ -104,6 +104,8 @@ def _case_name(path: Path) -> str:
 
 def _volumes(folder: Path) -> dict[str, Path]:
     """Case name -> volume file, or folder of DICOM files, in a folder, sorted by name."""
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file: name the folder that it lies in")
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: check the path")
     volumes: dict[str, Path] = {}
@@ -118,6 +120,8 @@ def _volumes(folder: Path) -> dict[str, Path]:
             other = volumes.setdefault(_case_name(path), path)
             if other != path:
                 raise ValueError(f"{other} and {path.name} are the same case: keep one of them")
+    if not volumes and (folder / "dataset.json").is_file():
+        raise FileNotFoundError(f"{folder} is a data set: name the folder of its label maps, {folder / 'labelsVa'} say")
     if not volumes:
         raise FileNotFoundError(
             f"no volume in {folder}: expected files that end in {', '.join(SUFFIXES)}, or folders of DICOM files"

@@ -30,7 +30,7 @@ CLASSES = (
     LabelClass(0, "background", (0, 0, 0)),
     LabelClass(1, "spleen", (157, 108, 162), (115, 15), 1, 1),
     LabelClass(2, "right kidney", (185, 102, 83), (165, 25), 2, 2),
-    LabelClass(3, "left kidney", (220, 135, 95), (165, 25), 3, 3),
+    LabelClass(3, "left kidney", (120, 62, 48), (165, 25), 3, 3),
     LabelClass(4, "gallbladder", (139, 150, 60), (12, 6), 4, 4),
     LabelClass(5, "esophagus", (211, 171, 143), (45, 12), 42, 15),
     LabelClass(6, "liver", (221, 130, 101), (105, 15), 5, 5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import cache
 from os import PathLike
 from pathlib import Path
 
@@ -31,13 +32,19 @@ def load_volume(path: str | PathLike, like: MetaTensor | None = None) -> MetaTen
         DicomError: DICOM that can't be used.
     """
     try:
-        volume = read_dicom(path) if Path(path).is_dir() or dicom_files(path) else LoadImage(image_only=True)(path)
+        volume = read_dicom(path) if Path(path).is_dir() or dicom_files(path) else _reader()(path)
     except DicomError:
         raise
     except Exception as error:  # from zlib.error to RuntimeError: readers have no exception in common
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"cannot read {path}: {reason}; a damaged or incomplete file has to be replaced") from error
     return volume if like is None else _turned(volume, like)
+
+
+@cache
+def _reader() -> LoadImage:
+    """One for all volumes: to make it, MONAI looks for every reader there is, and says which it misses."""
+    return LoadImage(image_only=True)
 
 
 def _turned(volume: MetaTensor, like: MetaTensor) -> MetaTensor:

@@ -58,12 +58,11 @@ def _files(name: str, path: Path) -> Iterator[tuple[str, Path]]:
         yield name, path
 
 
-def check_tracked(files: dict[str, Path]) -> None:
-    """Refuse files that Git doesn't know, weights excepted: a note, a backup, a module that nobody else has.
+def check_tracked(root: Path, files: dict[str, Path]) -> None:
+    """Refuse files that Git doesn't know in a repository, but weights: a note, a backup, a module nobody else has.
 
     Where the repository is no checkout, or Git doesn't answer, nobody knows, and nothing is refused.
     """
-    root = BUNDLES.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return
     listed = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True)
@@ -85,7 +84,7 @@ def gather(bundle: Path, weights: bool = True) -> dict[str, Path]:
     files = bundle_files(bundle)
     if not weights:
         files.pop(MODEL, None)
-    check_tracked(files)
+    check_tracked(bundle.parents[1], files)
     check_bundle(bundle, files, weights)
     return files
 

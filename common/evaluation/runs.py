@@ -16,7 +16,7 @@ class Run(NamedTuple):
         folder: where it is.
         method: what made the volumes.
         iterations: of the training; None where nobody knows.
-        image_size: of the slices that the network makes, pixels along a side; None where nobody knows.
+        image_size: of the slices that were made and measured, pixels along a side; None where nobody knows.
         weights: SHA-256 of their file, None of volumes that were made elsewhere.
         settings: of the sampling; empty of volumes that were made elsewhere.
         volumes: the synthetic CTs by case.
@@ -52,15 +52,16 @@ def read_run(argument: str) -> Run:
     if not (name or bundle):
         raise ValueError(f"{folder} doesn't say what made its volumes: give it a name, NAME={folder}")
     measured = read_metrics(folder) or {"metrics": {}, "cases": []}
+    settings = measured.get("settings", {})
     return Run(
         folder,
         name or METHODS.get(bundle, bundle),
         weights.get("iteration"),
-        weights.get("image_size"),
+        settings.get("image_size", weights.get("image_size")),
         weights.get("sha256"),
         report.get("settings") or {},
         {case["case"]: folder / case["ct"] for case in report["cases"]},
         measured["metrics"],
         {case["case"]: case["slices"] for case in measured["cases"]},
-        measured.get("settings", {}).get("Dice", {}),
+        settings.get("Dice", {}),
     )

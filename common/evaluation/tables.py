@@ -28,7 +28,7 @@ FIXED_TEST = {f"amos_{number:04d}" for number in AMOS_TEST_IDS}
 NOTES = (
     f"paper: Zhuang et al. 2023, arXiv 2312.06453, {TEST_CASES} volumes of AMOS22's validation set that it doesn't "
     "name. ours: measured by this software, on the cases and slices that the row says. Size: pixels along a side of "
-    "what the network makes.",
+    "the slices that were measured.",
     "FID, PSNR and SSIM: axial slices; ours without those that have no body. Organs: Dice in % between the label map "
     "and a segmentation of the synthetic volume, mean over the volumes that have the organ. –: not measured, not "
     "stated, or in no volume. Dice of our runs: mean over the organs. The paper segmented with TotalSegmentator v1.",
