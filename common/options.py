@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 from fire.parser import DefaultParseValue
@@ -48,8 +49,7 @@ def check(arguments: dict[str, Any], config: dict[str, Any]) -> None:
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Names and values as Python Fire, which MONAI reads its command line with, takes them."""
-    following = (*arguments[1:], "--")
-    for argument, after in zip(arguments, following, strict=True):
+    for argument, after in pairwise((*arguments, "--")):
         if argument.startswith("--") and argument != "--":
             name, equals, value = argument[2:].partition("=")
             if not equals:

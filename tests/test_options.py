@@ -77,5 +77,6 @@ def test_what_no_config_has_is_refused(command, options, message):
 
 
 def test_a_run_from_python_has_no_command_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest", "--smapler", "ddim"])
-    check_options()
+    for line in (["pytest", "--smapler", "ddim"], ["python"]):
+        monkeypatch.setattr(sys, "argv", line)
+        check_options()
