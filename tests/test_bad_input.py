@@ -238,7 +238,7 @@ def test_full_disk_at_a_checkpoint(train, amos, tmp_path, monkeypatch, error_lin
 
     monkeypatch.setattr(torch, "save", save_a_part)
     with error_line() as lines:
-        train(amos, iterations=2)
+        train(amos, iterations=2, resume=tmp_path / "output" / "checkpoint.pt")
     assert re.search(r"cannot write .*output/checkpoint\.pt: No space left on device; free the disk", lines[0])
     assert {path.name: path.read_bytes() for path in (tmp_path / "output").iterdir() if path.is_file()} == before
 

@@ -67,6 +67,16 @@ def test_weights_for_inference_are_the_ema_with_facts(tmp_path):
     assert content["facts"] == {"bundle": "abdominal_ct_test", "iteration": 3}
 
 
+def test_a_new_run_does_not_replace_another_ones_checkpoint(tmp_path):
+    DenoiserRun(tmp_path, 2)()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=r"checkpoint\.pt is of an earlier training.* by --resume .*checkpoint\.pt"):
+        DenoiserRun(tmp_path, 3)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    DenoiserRun(tmp_path, 3, resume=tmp_path / "checkpoint.pt")()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 3
+
+
 def test_marks_keep_the_weights_of_their_moment(tmp_path):
     run = DenoiserRun(tmp_path, 6, marks=(2, 5))
     moments = {}
