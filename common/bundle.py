@@ -71,8 +71,11 @@ def load_weights(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a weights file, or weights that don't fit; the message says whose they are if the file does.
+        ValueError: no such device here, not a weights file, or weights that don't fit; the message says whose they are
+            if the file does.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU that PyTorch can use: leave out --device, or install a CUDA build of PyTorch")
     network.to(device, memory_format=torch.channels_last)
     if path is None:
         return network

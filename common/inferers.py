@@ -185,6 +185,8 @@ class VolumeInferer(Inferer):
         progress: bool = True,
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: choose 1 or more slices at a time")
         self.generate = generate
         self.batch_size = batch_size
         self.seed = seed

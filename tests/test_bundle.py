@@ -113,6 +113,18 @@ def test_a_write_that_the_system_refuses_leaves_the_old_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == [path] and load_checkpoint(path) == {"iteration": 1}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no GPU that PyTorch can use: leave out --device"):
+        load_weights(network(), None, "cuda:0")
+
+
+def test_weights_beside_the_missing_ones_are_named(tmp_path):
+    save_weights(tmp_path / "model_small.pt", {}, {})
+    with pytest.raises(FileNotFoundError, match=r"name a file with --checkpoint; there is .*model_small\.pt$"):
+        load_weights(network(), tmp_path / "model.pt")
+
+
 def test_missing_weights_name_path_and_remedy(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_weights(network(), tmp_path / "model.pt")

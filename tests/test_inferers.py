@@ -64,6 +64,11 @@ def infer(labels: torch.Tensor, network: nn.Module | None = None, sampler: str =
 # ------------------------------------------------------------------------------------------------------ the volume
 
 
+def test_at_least_one_slice_at_a_time():
+    with pytest.raises(ValueError, match="batch_size is 0: choose 1 or more"):
+        VolumeInferer(Generator(), batch_size=0)
+
+
 def test_a_perfect_denoiser_gives_the_data():
     labels = label_volume(depth=20, side=48)
     pred = infer(labels, sampler="dpmpp_2m", steps=20)
