@@ -172,7 +172,7 @@ class ResultWriter:
         if idist.get_rank() == 0:
             self._write_report(cases)
             write_html(self.output_dir)
-            engine.logger.info("%d cases: CTs, previews, report.html and report.json in %s", len(cases), self.output_dir)
+            engine.logger.info("CTs of %d cases and report.html in %s", len(cases), self.output_dir)
 
     def _write_case(self, item: dict, output: dict) -> dict:
         """Write one case's files and give what the report says about them."""
