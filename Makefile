@@ -1,4 +1,4 @@
-# Two commands: `make demo` turns a phantom's label map into a CT, `make test` checks everything.
+# Two commands: `make demo` turns a phantom's label map into a CT, `make test` checks it all.
 PYTHON := .venv/bin/python
 BUNDLE := bundles/abdominal_ct_mask_guided_ddpm
 CONFIGS := $(BUNDLE)/configs

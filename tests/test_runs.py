@@ -67,12 +67,13 @@ def test_measurements_come_with_the_slices_of_each_case_and_the_segmenter(tmp_pa
     made = folder(tmp_path / "run")
     content = {
         "metrics": {"FID": 10.5},
-        "settings": {"Dice": {"fast": True}},
+        "settings": {"Dice": {"fast": True}, "image_size": 64},
         "cases": [{"case": "a", "slices": 3, "PSNR": 16.0}, {"case": "b", "slices": 4}],
     }
     (made / "metrics.json").write_text(json.dumps(content))
     run = read_run(str(made))
     assert (run.metrics, run.slices, run.segmenter) == ({"FID": 10.5}, {"a": 3, "b": 4}, {"fast": True})
+    assert run.image_size == 64  # what was measured, whatever the weights are for
 
 
 def test_a_run_that_measured_nothing_has_no_metrics(tmp_path):
